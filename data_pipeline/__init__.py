@@ -1,0 +1,1 @@
+"""Images to beton files, and beton files to multi-crop batches, at the speed of the decoder."""

@@ -1,0 +1,102 @@
+"""The sections `data:` and `views:` of a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.schema import PositiveFloat, PositiveInt, Probability, StrictModel
+
+Interval = tuple[float, float]
+
+
+class CropConfig(StrictModel):
+    """One kind of random resized crop: how many views, their side in pixels, and how each may be changed.
+
+    A probability given as a list has one entry per view of the group; one entry serves all of them.
+    """
+
+    count: Annotated[int, Field(ge=0)]
+    size_px: PositiveInt
+    area_scale: Interval
+    blur_probability: tuple[Probability, ...]
+    solarize_probability: tuple[Probability, ...] = (0.0,)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CropConfig:
+        low, high = self.area_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"area_scale {list(self.area_scale)}: expected 0 < low <= high <= 1")
+        for key in ("blur_probability", "solarize_probability"):
+            entries = len(getattr(self, key))
+            if entries not in (1, self.count):
+                raise ValueError(f"{key}: expected 1 entry or one per view ({self.count}), given {entries}")
+        return self
+
+
+class JitterConfig(StrictModel):
+    """Colour jitter as torchvision defines it, its four operations in random order."""
+
+    probability: Probability = 0.8
+    brightness: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
+    contrast: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
+    saturation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+
+
+class ViewsConfig(StrictModel):
+    """Multi-crop: the views cut from every image. The defaults are the paper's."""
+
+    global_crops: CropConfig = CropConfig(
+        count=2,
+        size_px=224,
+        area_scale=(0.25, 1.0),
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    )
+    local_crops: CropConfig = CropConfig(count=8, size_px=96, area_scale=(0.05, 0.25), blur_probability=(0.5,))
+    aspect_ratio: Interval = (3.0 / 4.0, 4.0 / 3.0)
+    flip_probability: Probability = 0.5
+    jitter: JitterConfig = JitterConfig()
+    grey_probability: Probability = 0.2
+    blur_radius_px: Interval = (0.1, 2.0)
+    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = 128
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ViewsConfig:
+        if self.global_crops.count < 2:
+            raise ValueError("global_crops.count: the method needs at least 2 global views")
+        low, high = self.aspect_ratio
+        if not 0.0 < low <= high:
+            raise ValueError("aspect_ratio: expected 0 < low <= high")
+        if not 0.0 < self.blur_radius_px[0] <= self.blur_radius_px[1]:
+            raise ValueError("blur_radius_px: expected 0 < low <= high")
+        if min(self.std) <= 0.0:
+            raise ValueError("std: every entry must be positive")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Views per image, global ones first."""
+        return self.global_crops.count + self.local_crops.count
+
+    @property
+    def groups(self) -> tuple[CropConfig, ...]:
+        """The groups of equal size that have views, in view order."""
+        return tuple(group for group in (self.global_crops, self.local_crops) if group.count)
+
+
+class DataConfig(StrictModel):
+    """Where the training images are and how they are read."""
+
+    train: Path
+    backend: Literal["ffcv", "torchvision"] = "ffcv"
+    order: Literal["permutation", "blocks"] = "permutation"
+    workers: Annotated[int, Field(ge=1, description="decoding threads (ffcv) or processes (torchvision) per rank")] = 8
+    batches_ahead: Annotated[int, Field(ge=1)] = 3
+    batch_timeout_seconds: PositiveFloat = 120.0
+    limit: Annotated[PositiveInt | None, Field(description="use only the first so many samples")] = None

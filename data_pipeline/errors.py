@@ -1,0 +1,8 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one line that names the file, key or sample and what to do.
+
+    The command line prints it without a traceback and exits with status 2.
+    """

@@ -1,0 +1,245 @@
+"""The configuration of a run: every section but the launcher's own, with the paper's values as defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from data_pipeline import schema
+from data_pipeline.config import DataConfig, ViewsConfig
+from data_pipeline.schema import PositiveFloat, PositiveInt, Probability, StrictModel
+
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class GroupConfig(StrictModel):
+    """Schedule of a group of parameters. `lr` is the peak rate for a global batch of 256; it scales with the batch."""
+
+    lr: NonNegativeFloat
+    min_lr: Annotated[NonNegativeFloat, Field(description="final rate, not scaled by the batch")] = 0.0
+    weight_decay: Annotated[
+        NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat],
+        Field(description="constant, or [first, last] of a cosine"),
+    ] = 0.0
+    decay_all: Annotated[bool, Field(description="decay biases and 1-d parameters too")] = False
+
+    @property
+    def decay_range(self) -> tuple[float, float]:
+        """First and last weight decay."""
+        decay = self.weight_decay
+        return decay if isinstance(decay, tuple) else (decay, decay)
+
+
+class OptimizerConfig(GroupConfig):
+    """A branch's optimiser and the schedule of every parameter that has no group of its own."""
+
+    kind: Literal["sgd", "adamw"]
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0, description="sgd")] = 0.9
+    betas: Annotated[tuple[float, float], Field(description="adamw")] = (0.9, 0.999)
+
+
+class MlpHeadConfig(StrictModel):
+    """Linear layers with GELU between, then L2 normalisation and the prototypes."""
+
+    layers: PositiveInt = 3
+    hidden: PositiveInt = 2048
+    bottleneck: PositiveInt = 256
+    batch_norm: bool = False
+    train_gain: Annotated[bool, Field(description="train the gain of the prototypes' weight norm")] = True
+
+
+class BranchConfig(StrictModel):
+    """One network under training: a student and its teacher."""
+
+    name: str
+    backbone: Annotated[str, Field(description="a timm model name")]
+    backbone_options: dict[str, Any] = {}
+    stem: Annotated[Literal["default", "cifar"], Field(description="cifar: 3x3 stride 1, no pooling (ResNets)")] = (
+        "default"
+    )
+    init: Annotated[Path | None, Field(description="backbone weights to start from (safetensors or state dict)")] = None
+    weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    mlp_head: MlpHeadConfig = MlpHeadConfig()
+    optimizer: OptimizerConfig
+    t_head_group: GroupConfig | None = None
+    teacher_temp_warmup_epochs: NonNegativeInt = 30
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise ValueError("a letter, then letters, digits, '_' or '-'")
+        return name
+
+
+class THeadConfig(StrictModel):
+    """The T-Head, the same for every branch since one branch's query enters another's."""
+
+    width: PositiveInt = 384
+    depth: PositiveInt = 3
+    heads: PositiveInt = 6
+    mlp_ratio: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> THeadConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
+        return self
+
+
+class TermsConfig(StrictModel):
+    """Which of the four loss terms take part (ablations)."""
+
+    self_mlp: bool = True
+    self_thead: bool = True
+    cross_mlp: bool = True
+    cross_search: bool = True
+
+
+class DinoConfig(StrictModel):
+    """The four distillation terms over prototypes (method of the paper)."""
+
+    kind: Literal["dino"] = "dino"
+    prototypes: PositiveInt = 65536
+    t_head: THeadConfig = THeadConfig()
+    terms: TermsConfig = TermsConfig()
+    student_temp: PositiveFloat = 0.1
+    teacher_temp: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
+    cross_temp_warmup_epochs: NonNegativeInt = 30
+    center_momentum: Probability = 0.9
+
+    @model_validator(mode="after")
+    def _workable(self) -> DinoConfig:
+        if self.prototypes < 2:
+            raise ValueError("prototypes: at least 2, or every softmax is constant")
+        return self
+
+
+class OptimConfig(StrictModel):
+    """Length, batch and schedules of the optimisation."""
+
+    epochs: PositiveInt = 100
+    global_batch: Annotated[PositiveInt, Field(description="images per step over all ranks")] = 256
+    warmup_epochs: NonNegativeFloat = 10.0
+    max_steps: Annotated[PositiveInt | None, Field(description="stop early; the schedules still span the epochs")] = (
+        None
+    )
+    clip_grad_norm: Annotated[PositiveFloat | None, Field(description="per parameter; null turns it off")] = 3.0
+    freeze_last_layer_epochs: NonNegativeInt = 1
+    teacher_momentum: tuple[Probability, Probability] = (0.996, 1.0)
+
+
+class PrecisionConfig(StrictModel):
+    """Arithmetic of the networks; losses, centres and norms are always fp32 or better."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+
+class ParallelConfig(StrictModel):
+    """How the ranks share the work."""
+
+    strategy: Literal["ddp"] = "ddp"
+    timeout_seconds: Annotated[PositiveFloat, Field(description="a collective older than this ends the run")] = 600.0
+    threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores / local ranks")] = (
+        None
+    )
+
+
+class CheckpointConfig(StrictModel):
+    """When state is saved and what is kept."""
+
+    every_steps: Annotated[PositiveInt | None, Field(description="default: once an epoch")] = None
+    keep_last: PositiveInt = 2
+    keep_every_steps: Annotated[PositiveInt | None, Field(description="never prune steps divisible by this")] = None
+
+
+class LoggingConfig(StrictModel):
+    """What is written while training."""
+
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class KnnConfig(StrictModel):
+    """Weighted k-nearest-neighbour classification."""
+
+    k: tuple[PositiveInt, ...] = (10, 20, 30)
+    temperature: PositiveFloat = 0.07
+
+
+class EvaluationConfig(StrictModel):
+    """Labelled data and protocol of the evaluations; without `train` and `test` nothing runs while training."""
+
+    train: Path | None = None
+    test: Path | None = None
+    every_epochs: Annotated[PositiveInt | None, Field(description="k-NN while training, and at step 0")] = None
+    train_limit: PositiveInt | None = None
+    test_limit: PositiveInt | None = None
+    resize_px: PositiveInt = 256
+    crop_px: PositiveInt = 224
+    batch: PositiveInt = 64
+    knn: KnnConfig = KnnConfig()
+
+    @model_validator(mode="after")
+    def _complete(self) -> EvaluationConfig:
+        if self.every_epochs and not (self.train and self.test):
+            raise ValueError("every_epochs: needs both evaluation.train and evaluation.test")
+        if self.crop_px > self.resize_px:
+            raise ValueError(f"crop_px {self.crop_px} is larger than resize_px {self.resize_px}")
+        return self
+
+
+class RunConfig(StrictModel):
+    """A whole run. `cluster` is the launcher's: it is carried along here and validated there."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    objective: DinoConfig = DinoConfig()
+    data: DataConfig
+    views: ViewsConfig = ViewsConfig()
+    branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
+    optim: OptimConfig = OptimConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("letters, digits, '.', '_' and '-' (it names the run directory)")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        names = [branch.name for branch in self.branches]
+        if len(set(names)) < len(names):
+            raise ValueError(f"branches: names must differ, given {', '.join(names)}")
+        search = self.objective.terms.cross_search and len(names) > 1
+        if search and not self.views.local_crops.count:
+            raise ValueError("objective.terms.cross_search: needs local views (views.local_crops.count), or turn it off")
+        return self
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor on every peak learning rate: the linear scaling rule with base batch 256."""
+        return self.optim.global_batch / 256.0
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps after which the run is done."""
+        steps = self.optim.epochs * steps_per_epoch
+        return min(steps, self.optim.max_steps or steps)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration at `path` with `key=value` overrides; UserError in one line when it cannot work."""
+    return schema.load(RunConfig, path, overrides)
