@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class MultiCropLoader(Protocol):
     dataset_size: int
     steps_per_epoch: int
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch]:
         """The batches `start_step .. steps_per_epoch - 1` of an epoch, the same however it is entered."""
         ...
 
@@ -44,5 +44,3 @@ class LabelledBatch:
     images: Tensor
     sample_ids: Tensor
     labels: Tensor
-
-

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class DataError(RuntimeError):
+    """Data that went bad under a running job: one line that names file and sample. The run fails with status 1."""

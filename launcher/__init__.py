@@ -1,0 +1,1 @@
+"""SLURM and local launching, and the command line."""

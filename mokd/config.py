@@ -146,9 +146,7 @@ class ParallelConfig(StrictModel):
 
     strategy: Literal["ddp"] = "ddp"
     timeout_seconds: Annotated[PositiveFloat, Field(description="a collective older than this ends the run")] = 600.0
-    threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores / local ranks")] = (
-        None
-    )
+    threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores per rank")] = None
 
 
 class CheckpointConfig(StrictModel):
@@ -226,7 +224,7 @@ class RunConfig(StrictModel):
             raise ValueError(f"branches: names must differ, given {', '.join(names)}")
         search = self.objective.terms.cross_search and len(names) > 1
         if search and not self.views.local_crops.count:
-            raise ValueError("objective.terms.cross_search: needs local views (views.local_crops.count), or turn it off")
+            raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
         return self
 
     @property

@@ -1,0 +1,66 @@
+# Everything a person or CI calls. `make` alone lists the targets.
+VENV   ?= .venv
+PYTHON ?= python3
+MOKD   := $(VENV)/bin/mokd
+STAMP  := $(VENV)/.installed
+CONFIG ?= demo.yaml
+NODES  ?= 1
+NPROC  ?= 2
+ARGS   ?=
+
+.PHONY: help setup demo test lint bench launch train eval convert slurm-up slurm-down faults clean
+
+help:
+	@echo 'make demo                                   install, then train a small pair end to end (DATA=folder for your images)'
+	@echo 'make test                                   lint, then all tests'
+	@echo 'make convert SRC=imagenet/train OUT=train.beton'
+	@echo 'make train   CONFIG=demo.yaml NPROC=2       train on this machine'
+	@echo 'make launch  CONFIG=vit_s_resnet50.yaml NODES=4'
+	@echo 'make eval    RUN=runs/demo                  k-NN of every branch'
+	@echo 'make slurm-up slurm-down                    a real SLURM cluster on this machine, for development'
+	@echo 'ARGS="..." is passed on to the command.'
+
+setup: $(STAMP)
+
+# quick when nothing has changed: the stamp is newer than what it depends on
+$(STAMP): pyproject.toml constraints.txt setup.py tools/setup $(wildcard data_pipeline/native/*)
+	@tools/setup '$(VENV)' '$(PYTHON)'
+	@touch $@
+
+demo: setup
+	@tools/demo '$(MOKD)' '$(DATA)' '$(NPROC)'
+
+test: lint
+	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	$(MOKD) bench data $(ARGS)
+
+convert: setup
+	$(MOKD) convert '$(SRC)' '$(OUT)' $(ARGS)
+
+train: setup
+	$(MOKD) train '$(CONFIG)' --nproc '$(NPROC)' $(ARGS)
+
+launch: setup
+	$(MOKD) launch '$(CONFIG)' --nodes '$(NODES)' $(ARGS)
+
+eval: setup
+	$(MOKD) eval '$(RUN)' $(ARGS)
+
+slurm-up: setup
+	@slurm/up $(ARGS)
+
+slurm-down:
+	@slurm/down $(ARGS)
+
+faults: setup
+	$(VENV)/bin/python -m tests.faults $(ARGS)
+
+clean:
+	rm -rf '$(VENV)' build *.egg-info .mypy_cache .ruff_cache .pytest_cache

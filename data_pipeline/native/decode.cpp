@@ -1,0 +1,116 @@
+#include "decode.h"
+
+#include <array>
+#include <cstring>
+
+Decoder::Decoder() : handle_(tjInitDecompress()) {}
+
+Decoder::~Decoder() {
+    if (handle_) tjDestroy(handle_);
+}
+
+void Decoder::release_if_larger(size_t bytes) {
+    if (memory_.capacity() > bytes) std::vector<uint8_t>().swap(memory_);
+    if (interleaved_.capacity() > bytes) std::vector<uint8_t>().swap(interleaved_);
+}
+
+uint8_t* Decoder::plane_memory(Planes& planes, const int* widths, const int* heights) {
+    size_t total = kPadding;
+    for (int p = 0; p < planes.count; p++) {
+        planes.plane[p].stride = (widths[p] + 31) / 32 * 32;
+        planes.plane[p].width = widths[p];
+        planes.plane[p].height = heights[p];
+        total += (size_t)planes.plane[p].stride * heights[p];
+    }
+    if (memory_.size() < total) memory_.resize(total);
+    uint8_t* next = memory_.data();
+    for (int p = 0; p < planes.count; p++) {
+        planes.plane[p].data = next;
+        next += (size_t)planes.plane[p].stride * heights[p];
+    }
+    return memory_.data();
+}
+
+void Decoder::split_rgb(const uint8_t* rgb, int width, int height, Planes& planes) {
+    int widths[3] = {width, width, width}, heights[3] = {height, height, height};
+    planes.count = 3;
+    planes.ycc = false;
+    plane_memory(planes, widths, heights);
+    for (int y = 0; y < height; y++) {
+        uint8_t* out[3];
+        for (int p = 0; p < 3; p++) out[p] = const_cast<uint8_t*>(planes.plane[p].data) + (size_t)y * planes.plane[p].stride;
+        const uint8_t* in = rgb + (size_t)y * width * 3;
+        for (int x = 0; x < width; x++)
+            for (int p = 0; p < 3; p++) out[p][x] = in[3 * x + p];
+    }
+}
+
+Status Decoder::decode_jpeg(const Source& source, Planes& planes) {
+    int width, height, subsampling, space;
+    if (!handle_) return kNoMemory;
+    if (tjDecompressHeader3(handle_, source.data, source.size, &width, &height, &subsampling, &space) != 0) return kBadHeader;
+    if (width != source.width || height != source.height) return kBadSize;
+    int failed;
+    if (space == TJCS_YCbCr || space == TJCS_GRAY) {
+        if (subsampling < 0) return kBadHeader;
+        planes.count = space == TJCS_GRAY ? 1 : 3;
+        planes.ycc = planes.count == 3;
+        int widths[3], heights[3], strides[3];
+        unsigned char* data[3];
+        for (int p = 0; p < planes.count; p++) {
+            widths[p] = tjPlaneWidth(p, width, subsampling);
+            heights[p] = tjPlaneHeight(p, height, subsampling);
+        }
+        plane_memory(planes, widths, heights);
+        for (int p = 0; p < planes.count; p++) {
+            data[p] = const_cast<uint8_t*>(planes.plane[p].data);
+            strides[p] = planes.plane[p].stride;
+        }
+        failed = tjDecompressToYUVPlanes(handle_, source.data, source.size, data, width, strides, height, 0);
+    } else if (space == TJCS_RGB) {
+        interleaved_.resize((size_t)width * height * 3);
+        failed = tjDecompress2(handle_, source.data, source.size, interleaved_.data(), width, 0, height, TJPF_RGB, 0);
+        split_rgb(interleaved_.data(), width, height, planes);
+    } else {
+        return kBadHeader;
+    }
+    // a warning leaves a whole picture behind; the checksum has already told damage from oddity
+    if (failed && tjGetErrorCode(handle_) != TJERR_WARNING) return kBadData;
+    return kOk;
+}
+
+Status Decoder::decode(const Source& source, Planes& planes) {
+    planes.width = source.width;
+    planes.height = source.height;
+    if (source.jpeg) return decode_jpeg(source, planes);
+    if (source.size != (size_t)source.width * source.height * 3) return kBadSize;
+    split_rgb(source.data, source.width, source.height, planes);
+    return kOk;
+}
+
+static std::array<std::array<uint32_t, 256>, 8> crc_tables() {
+    std::array<std::array<uint32_t, 256>, 8> t{};
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t c = i;
+        for (int k = 0; k < 8; k++) c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
+        t[0][i] = c;
+    }
+    for (uint32_t i = 0; i < 256; i++)
+        for (int s = 1; s < 8; s++) t[s][i] = t[0][t[s - 1][i] & 255] ^ (t[s - 1][i] >> 8);
+    return t;
+}
+
+uint32_t crc32_of(const uint8_t* data, size_t size) {
+    static const auto t = crc_tables();
+    uint32_t c = ~0u;
+    for (; size >= 8; size -= 8, data += 8) {
+        uint32_t low, high;
+        std::memcpy(&low, data, 4);
+        std::memcpy(&high, data + 4, 4);
+        low ^= c;
+        c = t[7][low & 255] ^ t[6][low >> 8 & 255] ^ t[5][low >> 16 & 255] ^ t[4][low >> 24] ^ t[3][high & 255] ^
+            t[2][high >> 8 & 255] ^ t[1][high >> 16 & 255] ^ t[0][high >> 24];
+    }
+    for (; size; size--, data++) c = t[0][(c ^ *data) & 255] ^ (c >> 8);
+    return ~c;
+}

@@ -1,0 +1,64 @@
+// What the kernels do, independent of the instruction set; `kernels()` picks the best set the processor has.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+// One 8-bit plane. Rows may be read up to kPadding bytes beyond their end.
+constexpr int kPadding = 64;
+
+struct Plane {
+    const uint8_t* data;
+    int stride, width, height;
+};
+
+// An image as the decoder leaves it: 1 plane (grey) or 3 planes (YCbCr, chroma maybe smaller; or RGB).
+struct Planes {
+    Plane plane[3];
+    int count;
+    bool ycc;
+    int width, height;  // of the first plane, without padding
+};
+
+// A rectangle to cut: where it lies (in pixels of the full image, fractions allowed), and from which pixels
+// (`clip`) the filter may take its taps.
+struct Cut {
+    double x, y, width, height;
+    int clip_x, clip_y, clip_width, clip_height;
+    bool flip;
+    int size;  // side of the square output
+};
+
+// The colour changes of one view, in the order they are applied.
+struct Photometric {
+    int32_t order[4];  // 0 brightness, 1 contrast, 2 saturation, 3 hue
+    float factor[4];
+    int32_t jitter, grey, solarize;
+    float kernel[16];  // blur: centre tap, then the taps at distance 1..15; taps = 0: none
+    int32_t taps;
+};
+
+// Buffers of one thread, kept between images so that nothing is allocated per sample.
+struct Scratch {
+    std::vector<float> columns, rows, weights, image, filtered;
+    std::vector<int> first;
+    void release_if_larger(size_t bytes);
+};
+
+struct Kernels {
+    const char* name;
+    // Antialiased bicubic resample of `cut` to 3 x size x size bytes, planar RGB.
+    void (*resample)(const Planes&, const Cut&, Scratch&, uint8_t* out);
+    // 3 x size x size bytes to as many floats: colour changes, then (x / 255 - mean) / std.
+    void (*photometrics)(const uint8_t* in, int size, const Photometric&, float threshold, const float* mean,
+                         const float* std, Scratch&, float* out);
+};
+
+const Kernels& kernels();
+
+namespace simd_generic { extern const Kernels table; }
+#if defined(__x86_64__)
+namespace simd_avx2 { extern const Kernels table; }
+namespace simd_avx512 { extern const Kernels table; }
+#endif

@@ -1,0 +1,3 @@
+#define SIMD_LEVEL 0
+#include "resample.h"
+#include "photometrics.h"

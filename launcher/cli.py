@@ -1,0 +1,45 @@
+"""The command line `mokd`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from data_pipeline.errors import DataError, UserError
+from launcher import commands_data, commands_run
+from launcher.console import messages
+
+app = typer.Typer(
+    name="mokd",
+    help="Train two different vision networks together, without labels, and evaluate what they have learned.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+commands_data.register(app)
+commands_run.register(app)
+
+
+def main() -> None:
+    """Runs a command. A user's mistake ends in one line and exit status 2, a failed run in 1."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        app()
+    except UserError as error:
+        messages.print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
+        sys.exit(2)
+    except DataError as error:
+        messages.print(f"[bold red]failed:[/] {escape(error)}", soft_wrap=True)
+        sys.exit(1)
+
+
+def escape(error: Exception) -> str:
+    """An error's text with nothing in it that rich would take for markup, on one line."""
+    return " ".join(str(error).split()).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Any timm network behind one interface: pooled feature, dense tokens, grid.
+
+Shape letters: B images, N tokens, D width, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from mokd.config import BranchConfig
+from mokd.drop_path import SampleDropPath
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone says of a batch.
+
+    pooled: `[B, D_pooled]`; tokens: `[B, N, D]`, row-major over a square grid;
+    cls: the class token `[B, D]`, None for a network without one.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    cls: Tensor | None
+
+    @property
+    def grid(self) -> int:
+        """Side of the square grid of tokens."""
+        return math.isqrt(self.tokens.shape[1])
+
+
+class Backbone(nn.Module):
+    """A timm network without classifier. The network is the submodule `net`; its key names are timm's own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
+        self.width = int(net.num_features)  # type: ignore[arg-type]
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the dense features are a transformer's tokens rather than a feature map."""
+        return self.prefix_tokens > 0
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of images `[B, 3, S, S]`."""
+        dense = self.net.forward_features(images)  # type: ignore[operator]
+        pooled = self.net.forward_head(dense, pre_logits=True)  # type: ignore[operator]
+        cls = None
+        if dense.ndim == 4:
+            if dense.shape[1] == self.width and getattr(self.net, "output_fmt", "NCHW") != "NHWC":
+                dense = dense.permute(0, 2, 3, 1)
+            tokens = dense.flatten(1, 2)
+        else:
+            cls = dense[:, 0] if self.prefix_tokens else None
+            tokens = dense[:, self.prefix_tokens :]
+        return Features(pooled, tokens, cls)
+
+
+@dataclass(frozen=True)
+class BackboneShapes:
+    """Sizes that the heads need to know: widths, and the token grid's side for every crop size."""
+
+    pooled_width: int
+    width: int
+    is_sequence: bool
+    grids: dict[int, int]
+
+
+def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Module:
+    """The timm network of a branch, randomly initialised; UserError when timm does not know it or its options."""
+    entry = f"branches.{config.name}.backbone"
+    if not timm.is_model(config.backbone):
+        near = timm.list_models(f"*{config.backbone.split('_')[0].rstrip('0123456789oO')}*")[:4]
+        raise UserError(f"{entry}: timm has no model '{config.backbone}'; similar: {', '.join(near) or 'none'}")
+    options: dict[str, Any] = {"num_classes": 0, **config.backbone_options}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    attempts: tuple[dict[str, Any], ...] = (
+        {"dynamic_img_size": True, "img_size": image_px},
+        {"img_size": image_px},
+        {},
+    )
+    error: Exception | None = None
+    for extra in attempts:
+        try:
+            net = timm.create_model(config.backbone, pretrained=False, **{**extra, **options})
+            break
+        except TypeError as caught:  # the architecture does not know one of the extra options
+            error = error if "unexpected keyword" in str(error) and extra else caught
+        except (RuntimeError, ValueError, AssertionError) as caught:
+            raise UserError(f"{entry}: '{config.backbone}' with {options} cannot be built: {_line(caught)}") from None
+    else:
+        raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them: {_line(error)}")
+    if config.stem == "cifar":
+        _use_cifar_stem(net, entry)
+    return net
+
+
+def build_backbone(config: BranchConfig, image_px: int, *, drop_path: float, images_per_rank: int) -> Backbone:
+    """The backbone of a student (with its stochastic depth) or of a teacher (drop_path 0)."""
+    net = create_net(config, image_px, drop_path)
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DropPath):
+                setattr(parent, name, SampleDropPath(float(child.drop_prob or 0.0), images_per_rank))
+    return Backbone(net)
+
+
+def measure_shapes(config: BranchConfig, image_px: int, crop_sizes_px: Iterable[int]) -> BackboneShapes:
+    """Runs the network without data or memory on every crop size; UserError naming the size it cannot take."""
+    grids: dict[int, int] = {}
+    features: Features | None = None
+    with torch.device("meta"), torch.no_grad():
+        backbone = Backbone(create_net(config, image_px, 0.0)).eval()
+        for size in crop_sizes_px:
+            try:
+                features = backbone(torch.zeros(2, 3, size, size))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"branches.{config.name}: '{config.backbone}' cannot take crops of {size} px: {_line(error)}; "
+                    "change the crop's size_px or the network's patch or image size"
+                ) from None
+            if features.grid**2 != features.tokens.shape[1]:
+                raise UserError(
+                    f"branches.{config.name}: '{config.backbone}' gives {features.tokens.shape[1]} tokens, not a grid"
+                )
+            grids[size] = features.grid
+    assert features is not None, "at least one crop size"
+    return BackboneShapes(features.pooled.shape[1], features.tokens.shape[2], backbone.is_sequence, grids)
+
+
+def load_weights(backbone: Backbone, path: Path, owner: str) -> None:
+    """Warm start: backbone weights from a safetensors or state-dict file; UserError when they do not fit.
+
+    Takes timm or torchvision keys, bare or under `module.`, `backbone.`, `net.`; a classifier is ignored.
+    """
+    own = backbone.net.state_dict()
+    given = {_strip(key): value for key, value in _read_tensors(path).items()}
+    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(f"{path}: {owner} needs '{missing[0]}' ({len(missing)} keys in all), which the file has not")
+    wrong = [key for key in own if key in given and given[key].shape != own[key].shape]
+    if wrong:
+        shapes = f"{list(given[wrong[0]].shape)} instead of {list(own[wrong[0]].shape)}"
+        raise UserError(f"{path}: '{wrong[0]}' has shape {shapes}; the file is of another network than {owner}")
+    backbone.net.load_state_dict({key: given[key] for key in own if key in given}, strict=False)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (weights to start from)") from None
+    except Exception as error:  # both readers raise many kinds on a damaged or foreign file
+        raise UserError(f"{path}: not a weights file that can be read safely: {_line(error)}") from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds {type(loaded).__name__}, not a state dict")
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _strip(key: str) -> str:
+    for prefix in ("module.", "backbone.", "net."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _use_cifar_stem(net: nn.Module, entry: str) -> None:
+    conv, pool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
+    if not isinstance(conv, nn.Conv2d) or pool is None:
+        raise UserError(f"{entry}: stem 'cifar' is for ResNets; this network has no 'conv1' and 'maxpool'")
+    stem = nn.Conv2d(3, conv.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    net.conv1, net.maxpool = stem, nn.Identity()
+
+
+def _line(error: BaseException | None) -> str:
+    return inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,109 @@
+"""One network: backbone, MLP head, T-Head. A branch has two of them, the student and the teacher.
+
+Outputs are named tuples because DDP must find the tensors inside them.
+
+Shape letters: V views, B images per rank, N tokens, d width of the T-Head, C width before prototypes, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.config import ViewsConfig
+from mokd.backbones import Backbone, build_backbone, load_weights, measure_shapes
+from mokd.config import BranchConfig, DinoConfig
+from mokd.heads import MlpHead, THead
+
+
+class HeadOutput(NamedTuple):
+    """Rows `[V, B, C]` before the prototypes, and the prototypes' weight `[K, C]`: the logits are their product."""
+
+    rows: Tensor
+    weight: Tensor
+
+    def logits(self) -> Tensor:
+        """`[V, B, K]`."""
+        return torch.nn.functional.linear(self.rows, self.weight)
+
+
+class NetworkOutput(NamedTuple):
+    """What a network says of a batch of views.
+
+    mlp, t_head: head outputs over all views given; queries `[V, B, d]`: the detached query token of every view;
+    tokens: the embedded tokens `[B, N, d]` of the first view, for other branches to search;
+    pooled: the pooled features `[V, B, D]` of the first group of views.
+    """
+
+    mlp: HeadOutput
+    t_head: HeadOutput
+    queries: Tensor
+    tokens: Tensor
+    pooled: Tensor
+
+
+class Network(nn.Module):
+    """Backbone, MLP head and T-Head of one branch."""
+
+    def __init__(self, backbone: Backbone, mlp_head: MlpHead, t_head: THead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.mlp_head = mlp_head
+        self.t_head = t_head
+
+    def forward(self, views: Sequence[Tensor]) -> NetworkOutput:
+        """All heads over groups of views, each `[V_g, B, 3, S_g, S_g]`; one backbone pass per group."""
+        batch = views[0].shape[1]
+        pooled, dense, queries = [], [], []
+        searched = None
+        for group in views:
+            features = self.backbone(group.flatten(0, 1))
+            tokens, query = self.t_head.embed(features)
+            searched = tokens[:batch] if searched is None else searched
+            pooled.append(features.pooled)
+            dense.append(self.t_head(tokens))
+            queries.append(query)
+        assert searched is not None
+        by_view = (-1, batch)
+        mlp = self.mlp_head(torch.cat(pooled))
+        return NetworkOutput(
+            mlp=HeadOutput(mlp.unflatten(0, by_view), self.mlp_head.last_layer()),
+            t_head=HeadOutput(torch.cat(dense).unflatten(0, by_view), self.t_head.last_layer()),
+            queries=torch.cat(queries).unflatten(0, by_view),
+            tokens=searched,
+            pooled=pooled[0].unflatten(0, by_view),
+        )
+
+    def search(self, tokens: Tensor, queries: Tensor) -> Tensor:
+        """Rows `[V, B, d]` found by queries `[V, B, d]` of another branch in this network's tokens `[B, N, d]`.
+
+        Each view searches the same map, one query at a time (cross-attention feature search).
+        """
+        views, batch = queries.shape[:2]
+        repeated = tokens.unsqueeze(0).expand(views, *tokens.shape).flatten(0, 1)
+        return self.t_head(repeated, queries.flatten(0, 1)).unflatten(0, (views, batch))
+
+
+def build_network(
+    config: BranchConfig, objective: DinoConfig, views: ViewsConfig, *, student: bool, images_per_rank: int
+) -> Network:
+    """A branch's student (with stochastic depth) or teacher, randomly initialised on the default device."""
+    global_px = views.global_crops.size_px
+    shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups])
+    drop_path = config.drop_path if student else 0.0
+    backbone = build_backbone(config, global_px, drop_path=drop_path, images_per_rank=images_per_rank)
+    if config.init is not None:
+        load_weights(backbone, config.init, f"branches.{config.name}")
+    return Network(
+        backbone,
+        MlpHead(config.mlp_head, shapes.pooled_width, objective.prototypes),
+        THead(objective.t_head, shapes, global_px, objective.prototypes),
+    )
+
+
+def is_last_layer(parameter_name: str) -> bool:
+    """Whether a parameter belongs to the prototypes of either head."""
+    return ".last_layer." in parameter_name

@@ -1,0 +1,42 @@
+"""What the trainer asks of an objective. Another one takes a module, a configuration class and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mokd.branch import Branch, BranchLoss
+from mokd.config import BranchConfig, RunConfig
+from mokd.dino import DinoObjective
+
+
+class Objective(Protocol):
+    """A training objective over a list of branches. Its state (centres, banks) is in `state_tensors`."""
+
+    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+        """Student and teacher of one branch, with the heads that the objective needs."""
+        ...
+
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
+        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`."""
+        ...
+
+    def commit(self) -> None:
+        """Takes up what the step has shown (centres, banks), after the optimisers' step."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything the objective remembers between steps."""
+        ...
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `state_tensors` gave."""
+        ...
+
+
+def build_objective(config: RunConfig, device: torch.device) -> Objective:
+    """The objective that `config.objective.kind` names."""
+    return DinoObjective(config.objective, config.views, [branch.name for branch in config.branches], device)

@@ -1,0 +1,48 @@
+"""What can be known to fail before anything starts."""
+
+from __future__ import annotations
+
+import sys
+
+from data_pipeline.errors import UserError
+from data_pipeline.loader import count_samples
+from mokd.config import RunConfig
+
+
+def images_per_rank(config: RunConfig, world_size: int) -> int:
+    """Images per rank and step; UserError when the global batch cannot be dealt out evenly."""
+    batch = config.optim.global_batch
+    if batch % world_size:
+        near = [n for n in range(batch, 0, -1) if batch % n == 0 and n < world_size][:1]
+        raise UserError(
+            f"optim.global_batch: {batch} images cannot be dealt to {world_size} ranks evenly; "
+            f"use a multiple of {world_size}, or {near[0] if near else 1} ranks"
+        )
+    return batch // world_size
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """UserError, in one line, for a run that cannot work: batch, data, network and crop sizes."""
+    per_rank = images_per_rank(config, world_size)
+    size = min(count_samples(config.data.train, config.data.backend), config.data.limit or sys.maxsize)
+    if size < config.optim.global_batch:
+        raise UserError(
+            f"optim.global_batch: {config.optim.global_batch} images per step, but {config.data.train} holds {size}"
+        )
+    if per_rank < 2 and world_size == 1:
+        raise UserError("optim.global_batch: at least 2 images, BatchNorm has no variance over one")
+    if config.evaluation.every_epochs:
+        for path in (config.evaluation.train, config.evaluation.test):
+            assert path is not None
+            count_samples(path, config.data.backend)
+    _check_networks(config)
+
+
+def _check_networks(config: RunConfig) -> None:
+    from mokd.backbones import measure_shapes  # torch and timm are imported only after the cheap checks
+
+    sizes = [group.size_px for group in config.views.groups]
+    if config.evaluation.every_epochs:
+        sizes.append(config.evaluation.crop_px)
+    for branch in config.branches:
+        measure_shapes(branch, config.views.global_crops.size_px, sizes)

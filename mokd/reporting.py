@@ -1,0 +1,117 @@
+"""From the loop to metrics, progress line and status; the loop itself stays short."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mokd.branch import Branch, BranchLoss
+from mokd.config import RunConfig
+from mokd.distributed import Ranks
+from mokd.evaluation.run import knn_of
+from mokd.metrics import MetricsWriter
+from mokd.progress import TrainingProgress
+from mokd.run_directory import RunDirectory
+
+
+class Reporter:
+    """Collects what a step shows; the first rank writes it every `logging.every_steps` steps."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        total_steps: int,
+        step: int,
+    ) -> None:
+        self._run, self._attempt, self._config, self._ranks, self._device = run, attempt, config, ranks, device
+        self._checkpoint_step = step
+        self._step = step
+        self._total_steps = total_steps
+        self._restart_clock(step)
+        if ranks.is_main:
+            self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
+            self._progress = TrainingProgress(total_steps, step)
+            if step:
+                self._progress.say(f"resumed at step {step} of {total_steps}")
+            self._status(epoch=0)
+
+    def waited(self, seconds: float) -> None:
+        """Adds time that the loop has spent waiting for data."""
+        self._waited += seconds
+
+    def step(
+        self, step: int, epoch: int, branches: Sequence[Branch], losses: Sequence[BranchLoss], rates: Sequence[float]
+    ) -> None:
+        """Takes notice of a finished step; writes it when due."""
+        self._step = step
+        if step % self._config.logging.every_steps and step != self._total_steps:
+            return
+        if not self._ranks.is_main:
+            return
+        images = self._config.optim.global_batch
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        values: dict[str, float | int] = {
+            "step": step,
+            "epoch": epoch,
+            "images_seen": step * images,
+            "images_per_second": (step - self._since_step) * images / elapsed,
+            "data_wait_fraction": min(self._waited / elapsed, 1.0),
+        }
+        for branch, loss, rate in zip(branches, losses, rates, strict=True):
+            values[f"loss/{branch.name}/total"] = float(loss.total.detach())
+            values.update({f"loss/{branch.name}/{term}": float(value) for term, value in loss.terms.items()})
+            values[f"lr/{branch.name}"] = rate
+            values.update({f"{name}/{branch.name}": float(value) for name, value in loss.monitors.items()})
+        self._metrics.write(values)
+        self._progress.update(step, values)
+        self._status(epoch=epoch, images_per_second=values["images_per_second"])
+        self._restart_clock(step)
+
+    def evaluate(self, branches: Sequence[Branch], step: int) -> None:
+        """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part."""
+        if self._config.evaluation.every_epochs is None:
+            return
+        began = time.perf_counter()
+        results = knn_of([b.teacher.backbone for b in branches], self._config, self._ranks, self._device)  # type: ignore[misc]
+        if self._ranks.is_main:
+            best = {f"eval/{b.name}/knn_top1": max(r.top1 for r in rs) for b, rs in zip(branches, results, strict=True)}
+            self._metrics.write({"step": step, **best})
+            shown = "  ".join(f"{key.split('/')[1]} {value:.1f}%" for key, value in best.items())
+            self._progress.say(f"step {step}  k-NN top-1  {shown}")
+        self._since += time.perf_counter() - began  # not part of the training speed
+
+    def saved(self, step: int) -> None:
+        """Notes the newest published checkpoint."""
+        self._checkpoint_step = step
+
+    def flush(self) -> None:
+        """Brings the metrics to the disk, ahead of a checkpoint that builds on them."""
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Closes files and the progress line."""
+        if self._ranks.is_main:
+            self._progress.close()
+            self._metrics.close()
+
+    def _restart_clock(self, step: int) -> None:
+        self._since, self._since_step, self._waited = time.perf_counter(), step, 0.0
+
+    def _status(self, **facts: float | int) -> None:
+        self._run.write_status(
+            "running",
+            self._attempt,
+            step=self._step,
+            total_steps=self._total_steps,
+            checkpoint_step=self._checkpoint_step,
+            world_size=self._ranks.world_size,
+            host=socket.gethostname(),
+            **facts,
+        )

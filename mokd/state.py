@@ -1,0 +1,108 @@
+"""A run's state as tensors and scalars: collected for a checkpoint, checked and restored from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.errors import UserError
+from mokd.branch import Branch
+from mokd.checkpoint import Checkpoint, copy_to_host
+from mokd.config import RunConfig
+from mokd.objective import Objective
+
+OBJECTIVE_FILE = "objective"
+
+# What a resumed run must have in common with its checkpoint: a different value would be another run.
+FIXED = ("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs")
+
+
+def collect(branches: Sequence[Branch], objective: Objective) -> dict[str, dict[str, Tensor]]:
+    """Everything that changes while training, copied to host memory, by file."""
+    return {
+        OBJECTIVE_FILE: copy_to_host(objective.state_tensors()),
+        **{branch_file(branch.name): copy_to_host(_branch_tensors(branch)) for branch in branches},
+    }
+
+
+def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objective) -> None:
+    """Puts a checkpoint's state into branches and objective."""
+    objective.load_state_tensors(checkpoint.tensors(OBJECTIVE_FILE))
+    for branch in branches:
+        tensors = checkpoint.tensors(branch_file(branch.name))
+        branch.student.load_state_dict(_below(tensors, "student."))
+        branch.teacher.load_state_dict(_below(tensors, "teacher."))
+        assert branch.optimizer is not None
+        branch.optimizer.load_state_tensors(_below(tensors, "optimizer."))
+
+
+def branch_file(name: str) -> str:
+    """Name of a branch's file in a checkpoint, without suffix."""
+    return f"branch-{name}"
+
+
+def network_tensors(checkpoint: Checkpoint, branch: str, network: str) -> dict[str, Tensor]:
+    """The state dict of a branch's `student` or `teacher`."""
+    return _below(checkpoint.tensors(branch_file(branch)), f"{network}.")
+
+
+def identity(config: RunConfig, dataset_size: int) -> dict[str, Any]:
+    """What makes two stretches of training parts of one run."""
+    document = config.model_dump(mode="json")
+    return {**{key: _at(document, key) for key in FIXED}, "dataset_size": dataset_size}
+
+
+def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
+    """UserError naming the first key in which the configuration differs from the checkpoint's."""
+    found = checkpoint.state.get("identity", {})
+    for key, value in expected.items():
+        path, given, saved = _difference(key, value, found.get(key))
+        if path:
+            raise UserError(
+                f"{checkpoint.path}: cannot resume, {path} is {given!r} now and was {saved!r} when it was saved; "
+                "set it back, or start a run of another name"
+            )
+
+
+def _difference(path: str, now: Any, then: Any) -> tuple[str, Any, Any]:
+    if isinstance(now, dict) and isinstance(then, dict):
+        for key in [*now, *(k for k in then if k not in now)]:
+            found = _difference(f"{path}.{key}", now.get(key), then.get(key))
+            if found[0]:
+                return found
+        return "", None, None
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        for i, (a, b) in enumerate(zip(now, then, strict=True)):
+            found = _difference(f"{path}.{i}", a, b)
+            if found[0]:
+                return found
+        return "", None, None
+    return ("", None, None) if now == then else (path, _short(now), _short(then))
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "name" in value[0]:
+        return [item["name"] for item in value]
+    return value
+
+
+def _branch_tensors(branch: Branch) -> dict[str, Tensor]:
+    assert branch.optimizer is not None
+    parts = {
+        "student": branch.student.state_dict(),
+        "teacher": branch.teacher.state_dict(),
+        "optimizer": branch.optimizer.state_tensors(),
+    }
+    return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _at(document: Any, path: str) -> Any:
+    for key in path.split("."):
+        document = document[key]
+    return document

@@ -1,0 +1,187 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.batch import ViewBatch
+from data_pipeline.loader import build_loader
+from mokd import checkpoint, state
+from mokd.branch import Branch, BranchLoss
+from mokd.config import RunConfig
+from mokd.distributed import Ranks, barrier
+from mokd.objective import build_objective
+from mokd.optim import BranchOptimizer
+from mokd.parallel import parallelise
+from mokd.preflight import images_per_rank
+from mokd.reporting import Reporter
+from mokd.run_directory import RunDirectory
+from mokd.schedules import cosine
+from mokd.seeds import derive_seed
+from mokd.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stretch of training ended, and after how many steps of the run."""
+
+    state: Literal["done", "stopped"]
+    step: int
+    reason: str
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term is NaN or infinite; the optimisers have not stepped."""
+
+
+class Trainer:
+    """Trains all branches of a run from its newest checkpoint to its end, or to a request to stop."""
+
+    def __init__(
+        self, run: RunDirectory, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopRequest, attempt: int
+    ) -> None:
+        self.run, self.config, self.ranks, self.device, self.stop = run, config, ranks, device, stop
+        self.attempt = attempt
+        self.loader = build_loader(
+            config.data,
+            config.views,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            global_batch=config.optim.global_batch,
+            device=device,
+        )
+        self.epoch_steps = self.loader.steps_per_epoch
+        self.total_steps = config.total_steps(self.epoch_steps)
+        self.objective = build_objective(config, device)
+        self.branches = [self._build_branch(i) for i in range(len(config.branches))]
+        self.identity = state.identity(config, self.loader.dataset_size)
+        self.step = self._resume()
+        self.report = Reporter(run, attempt, config, ranks, device, self.total_steps, self.step)
+
+    def _build_branch(self, index: int) -> Branch:
+        branch_config = self.config.branches[index]
+        # seeded by name: a branch starts from the same weights in a pair and alone
+        torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
+        branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
+        parallelise(branch, self.config.parallel, self.device)
+        branch.optimizer = BranchOptimizer(
+            branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
+        )
+        return branch
+
+    def _resume(self) -> int:
+        """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
+        found = checkpoint.newest(self.run)
+        if found is None:
+            return 0
+        state.check_identity(found, self.identity)
+        state.restore(found, self.branches, self.objective)
+        return found.step
+
+    def fit(self) -> Outcome:
+        """Trains to the end or to the step at which all ranks agree to stop; saves there either way."""
+        with closing(self.loader), closing(self.report):
+            if self.step == 0:
+                self.report.evaluate(self.branches, 0)
+            stopping = self.step >= self.total_steps
+            while not stopping:
+                epoch, start = divmod(self.step, self.epoch_steps)
+                with closing(self._batches(epoch, start)) as batches:
+                    for batch in batches:
+                        stopping = self._train_step(batch, epoch)
+                        at_epoch_end = self.step % self.epoch_steps == 0
+                        finished = self.step >= self.total_steps
+                        if finished or (at_epoch_end and self._evaluation_due(self.step // self.epoch_steps)):
+                            self.report.evaluate(self.branches, self.step)
+                        stopping = stopping or finished
+                        if stopping or self._save_due():
+                            self._save()
+                        if stopping:
+                            break
+            barrier()  # nobody leaves before the checkpoint of the last step is published
+        if self.step >= self.total_steps:
+            return Outcome("done", self.step, "all steps done")
+        return Outcome("stopped", self.step, self.stop.reason or "asked to stop")
+
+    def _batches(self, epoch: int, start: int) -> Generator[ViewBatch]:
+        """Batches of an epoch, with the time spent waiting for each reported."""
+        with closing(self.loader.epoch(epoch, start)) as batches:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                self.report.waited(time.perf_counter() - began)
+                if batch is None:
+                    return
+                yield batch
+
+    def _train_step(self, batch: ViewBatch, epoch: int) -> bool:
+        """One step of every branch; returns whether all ranks agree to stop after it."""
+        # all ranks alike, and a function of the step alone: there is no random state to save
+        torch.manual_seed(derive_seed(self.config.seed, "step", self.step))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16"):
+            losses = self.objective.losses(self.branches, batch.views, epoch)
+        stopping = self._agree(losses)
+        for loss in losses:
+            loss.total.backward()
+        rates = [self._update(branch) for branch in self.branches]
+        self.objective.commit()
+        self.step += 1
+        self.report.step(self.step, epoch, self.branches, losses, rates)
+        return stopping
+
+    def _update(self, branch: Branch) -> float:
+        assert branch.optimizer is not None
+        rate = branch.optimizer.step(self.step)
+        steps = self.config.optim.epochs * self.epoch_steps
+        branch.update_teacher(cosine(self.step, steps, *self.config.optim.teacher_momentum))
+        return rate
+
+    def _agree(self, losses: Sequence[BranchLoss]) -> bool:
+        """One small collective a step: whether anybody was asked to stop, and that every loss term is finite."""
+        terms = {f"loss/{b.name}/{t}": v for b, loss in self._with(losses) for t, v in loss.terms.items()}
+        terms.update({f"loss/{b.name}/total": loss.total.detach() for b, loss in self._with(losses)})
+        bad = ~torch.isfinite(torch.stack([value.float() for value in terms.values()]))
+        asked = torch.tensor([self.stop.reason is not None], device=self.device)
+        flags = torch.cat([asked, bad.to(asked.device)]).to(torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stopping, *broken = flags.tolist()
+        if any(broken):
+            names = [name for name, is_bad in zip(terms, broken, strict=True) if is_bad]
+            raise NonFiniteLossError(
+                f"step {self.step + 1}: {', '.join(names)} not finite; stopped before the optimiser step. "
+                "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
+            )
+        if stopping:
+            self.stop.request("another rank was asked to stop")
+        return bool(stopping)
+
+    def _with(self, losses: Sequence[BranchLoss]) -> list[tuple[Branch, BranchLoss]]:
+        return list(zip(self.branches, losses, strict=True))
+
+    def _evaluation_due(self, epochs_done: int) -> bool:
+        every = self.config.evaluation.every_epochs
+        return every is not None and epochs_done % every == 0
+
+    def _save_due(self) -> bool:
+        return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
+
+    def _save(self) -> None:
+        """Publishes a checkpoint of the current step; every rank's state is the same, so the first writes it."""
+        if not self.ranks.is_main:
+            return
+        self.report.flush()
+        snapshot = state.collect(self.branches, self.objective)
+        facts = {"identity": self.identity, "epoch": self.step // self.epoch_steps, "world_size": self.ranks.world_size}
+        if checkpoint.publish(self.run, self.attempt, self.step, snapshot, facts):
+            keep = self.config.checkpoint
+            checkpoint.prune(self.run, keep.keep_last, keep.keep_every_steps)
+            self.report.saved(self.step)

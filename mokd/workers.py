@@ -1,0 +1,96 @@
+"""Several ranks on this machine without a launcher: start, pass on signals, end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from mokd.run_directory import EXIT_STOPPED
+from mokd.stopping import STOP_SIGNALS
+
+GRACE_SECONDS = 10.0
+
+
+def train_locally(directory: Path, count: int) -> int:
+    """Runs `python -m mokd.train` in `count` ranks on this machine and returns the run's exit status.
+
+    A stop signal is passed on to all ranks once; when a rank fails, the others are ended within seconds.
+    """
+    return supervise([sys.executable, "-m", "mokd.train", str(directory)], count)
+
+
+def supervise(command: Sequence[str], count: int) -> int:
+    """Runs `command` in `count` processes with torchrun's variables; the first failure's status, else theirs."""
+    port = _free_port()
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        workers = [_start(command, rank, count, port) for rank in range(count)]
+        passed = 0
+        while any(worker.poll() is None for worker in workers):
+            if failed := [w.returncode for w in workers if w.returncode not in (None, 0, EXIT_STOPPED)]:
+                _end(workers)
+                # a rank that was still starting up has no handler yet: it ends, and nothing is lost
+                return EXIT_STOPPED if asked and failed[0] == -signal.SIGTERM else _status(failed[0])
+            while passed < len(asked):
+                for worker in workers:
+                    if worker.poll() is None:
+                        worker.send_signal(signal.SIGTERM)
+                passed += 1
+            time.sleep(0.05)
+        statuses = [EXIT_STOPPED if asked and w.returncode == -signal.SIGTERM else w.returncode for w in workers]
+        return _status(next((s for s in statuses if s not in (0, EXIT_STOPPED)), max(statuses)))
+    finally:
+        _end(workers)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(command: Sequence[str], rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    # a session of its own: Ctrl-C in the terminal reaches the workers once, through here
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in workers:
+        try:
+            worker.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def _status(returncode: int) -> int:
+    """A shell's view of an exit status: 128 + n for a process that signal n has ended."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

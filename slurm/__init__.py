@@ -1,0 +1,1 @@
+"""A real SLURM cluster on one machine, for development and tests."""
