@@ -99,4 +99,4 @@ class DataConfig(StrictModel):
     workers: Annotated[int, Field(ge=1, description="decoding threads (ffcv) or processes (torchvision) per rank")] = 8
     batches_ahead: Annotated[int, Field(ge=1)] = 3
     batch_timeout_seconds: PositiveFloat = 120.0
-    limit: Annotated[PositiveInt | None, Field(description="use only the first so many samples")] = None
+    limit: Annotated[PositiveInt | None, Field(description="use only so many samples: a fixed random part")] = None

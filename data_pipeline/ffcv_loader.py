@@ -75,7 +75,7 @@ class _Cut(SimpleRGBImageDecoder):
                 self._cut(ids, out[: len(ids)])
             except BaseException as failure:
                 self.failure = failure
-                raise SystemExit from None  # ends FFCV's thread without a traceback
+                raise StopIteration from None  # which FFCV takes for the end of the epoch
             return out[: len(ids)]
 
         return cut
@@ -147,8 +147,6 @@ class FfcvCuts:
             try:
                 result = self._iterator.output_queue.get(timeout=_POLL_SECONDS)
             except Empty:
-                if self._cut.failure is not None:
-                    raise self._cut.failure from None
                 if not self._iterator.is_alive():
                     raise DataError(f"{self._path}: the loader's thread ended without a word") from None
                 if time.monotonic() > deadline:
@@ -157,6 +155,8 @@ class FfcvCuts:
                         "is its disk stuck?"
                     ) from None
                 continue
+            if result is None and self._cut.failure is not None:
+                raise self._cut.failure
             return None if result is None else result[1][0]
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """The demo's images: labelled JPEG files that are generated, so that a first run needs no download.
 
-A class is one shape filled with one kind of pattern. Position, size, rotation, colours, contrast, lighting, background
-clutter and noise are drawn anew for every image, so neither colour nor single pixels tell the class: shape and pattern do.
+A class is one shape filled with one kind of pattern. Position, size, rotation, colours, contrast, lighting, background,
+clutter and noise are drawn anew for every image: neither colour nor single pixels tell the class, shape and pattern do.
 """
 
 from __future__ import annotations

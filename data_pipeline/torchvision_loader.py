@@ -17,12 +17,13 @@ from torchvision.transforms import functional as F
 from data_pipeline.batch import LabelledBatch, ViewBatch
 from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.draws import BRIGHTNESS, CONTRAST, SATURATION, ViewDraws, draw_views, view_sizes
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.errors import DataError
 from data_pipeline.eval_loader import EvalPlan
 from data_pipeline.order import Int64Array, epoch_order, rank_batches, subset
 from data_pipeline.samples import Samples, open_samples
 
 _TIMEOUT_SECONDS = 120.0
+_PREFIX = f"{DataError.__module__}.{DataError.__qualname__}: "
 
 
 def cut_view(image: Image.Image, box: Sequence[int], size: int, flip: bool) -> Image.Image:
@@ -97,12 +98,12 @@ def _batches(
     )
     try:
         yield from loader
-    except (UserError, DataError):
-        raise
+    except DataError as error:  # raised in a worker: torch has wrapped its traceback around it
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
     except RuntimeError as error:
-        if isinstance(error.__cause__, DataError) or "DataLoader" in str(error):
-            raise DataError(str(error).splitlines()[0]) from None
-        raise
+        if "DataLoader" not in str(error):
+            raise
+        raise DataError(f"torchvision loader: {str(error).splitlines()[0]}") from None
 
 
 class TorchvisionLoader:
