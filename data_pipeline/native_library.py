@@ -39,6 +39,9 @@ STATUS = (
     "not enough memory to decode it",
 )
 
+# Type of native/kernels.h
+KINDS = ("float32", "float16", "bfloat16")
+
 _POINTER = ctypes.c_void_p
 
 
@@ -76,9 +79,19 @@ def _library() -> ctypes.CDLL:
     cut: list[Any] = [pointer, integer, long, *[pointer] * 5, integer, integer, *[pointer] * 4, long, pointer]
     library.mokd_cut.argtypes = cut
     library.mokd_photometrics.restype = None
-    photometrics: list[Any] = [pointer, long, integer, pointer, long, pointer, pointer, ctypes.c_float, *[pointer] * 3]
-    library.mokd_photometrics.argtypes = photometrics
+    real = ctypes.c_float
+    photometrics: list[Any] = [pointer, long, integer, pointer, long, pointer, pointer, real, *[pointer] * 2, integer]
+    library.mokd_photometrics.argtypes = [*photometrics, pointer]
+    library.mokd_is_plain_jpeg.restype = integer
+    library.mokd_is_plain_jpeg.argtypes = [ctypes.c_char_p, ctypes.c_uint64, pointer, pointer]
     return library
+
+
+def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Width and height of an upright grey or YCbCr JPEG that decodes to its end without a warning, else None."""
+    width, height = ctypes.c_int32(), ctypes.c_int32()
+    plain = _library().mokd_is_plain_jpeg(content, len(content), ctypes.byref(width), ctypes.byref(height))
+    return (width.value, height.value) if plain else None
 
 
 class Engine:
@@ -169,10 +182,11 @@ class Engine:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         outs: list[int],
+        kind: str = "float32",
     ) -> None:
-        """Views as `cut` leaves them, to normalised float32: view v of sample i to the address outs[v] + i * 12 S_v^2.
+        """Views as `cut` leaves them, normalised: view v of sample i goes to the address outs[v] + i * 3 S_v^2 numbers.
 
-        parameters: PHOTOMETRIC `[n, V]`, see `data_pipeline.photometrics`.
+        parameters: PHOTOMETRIC `[n, V]`, see `data_pipeline.photometrics`. kind: one of `KINDS`.
         """
         n, views = parameters.shape
         assert len(outs) == views == len(cut_sizes)
@@ -193,5 +207,6 @@ class Engine:
             threshold,
             means.ctypes.data,
             stds.ctypes.data,
+            KINDS.index(kind),
             addresses.ctypes.data,
         )

@@ -18,7 +18,11 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 
 # what the launcher sets itself: given again as an extra parameter they would contradict it
 OWN_PARAMETERS = frozenset(
-    ["account", "array", "chdir", "constraint", "cpus-per-task", "error", "exclude", "gpus-per-node", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "no-requeue", "signal", "time", "wrap"]
+    {
+        *("account", "array", "chdir", "constraint", "cpus-per-task", "error", "exclude", "gpus-per-node", "job-name"),
+        *("nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "no-requeue"),
+        *("signal", "time", "wrap"),
+    }
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 

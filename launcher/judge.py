@@ -36,7 +36,7 @@ class Facts:
     rank_failures: Sequence[dict[str, Any]] = ()
     signals: Sequence[str] = ()  # that reached the batch step
     hang: str | None = None
-    seconds_left: float | None = None  # until the time limit
+    seconds_left: float = float("inf")  # until the time limit
     superseded: bool = False
 
 
@@ -122,7 +122,7 @@ def _kind_of_stop(facts: Facts, cluster: ClusterConfig) -> str:
         return named[facts.cause]
     # SLURM may send the warning up to a minute early
     near = cluster.signal_lead_seconds + 60.0
-    if facts.seconds_left is not None and facts.seconds_left <= near:
+    if facts.seconds_left <= near:
         return "time limit"
     return "signal"
 
@@ -134,7 +134,8 @@ def _failure(facts: Facts) -> Judgement:
         reason = f"rank {killed.task} on {killed.node}: {killed.what}"
         return Judgement("requeued", "failure", reason, [killed.node])
     if failures:
-        first = failures[0]
+        # the earliest that is not the mere echo of another rank's end
+        first = next((failure for failure in failures if not failure["secondary"]), failures[0])
         reason = f"rank {first['rank']} on {first['node']}: {first['message']}"
         return Judgement("requeued", "failure", reason, [str(first["node"])])
     if facts.task_errors:

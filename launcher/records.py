@@ -29,12 +29,14 @@ class Launch:
     number: int
     kind: Literal["slurm", "local"]
     cluster: dict[str, Any]
+    folder: str  # of submitit's files
     job_id: str | None = None
     submitted: float = 0.0
     host: str = ""
     user: str = ""
     process_start: str | None = None  # of a local job's controller, whose process id alone may be reused
     cancelled: float | None = None
+    code: str | None = None  # digest of the snapshot
     final_state: str | None = None  # as the scheduler last told it, once it was final
 
 
@@ -67,11 +69,17 @@ class Records:
         """All submissions, oldest first."""
         return [Launch(**found) for found in _read_all(self._launches)]
 
-    def new_launch(self, kind: Literal["slurm", "local"], cluster: dict[str, Any]) -> Launch:
+    def last_launch(self) -> Launch | None:
+        """The newest submission, which alone may act for the run."""
+        return next(iter(reversed(self.launches())), None)
+
+    def new_launch(self, kind: Literal["slurm", "local"], cluster: dict[str, Any], folder: Path) -> Launch:
         """Registers a submission; from now on earlier ones are superseded."""
         make_private(self.run.jobs)
         self._launches.mkdir(exist_ok=True)
-        record = Launch(0, kind, cluster, submitted=time.time(), host=socket.gethostname(), user=getpass.getuser())
+        record = Launch(
+            0, kind, cluster, str(folder), submitted=time.time(), host=socket.gethostname(), user=getpass.getuser()
+        )
         while True:
             number = max((launch.number for launch in self.launches()), default=0) + 1
             try:

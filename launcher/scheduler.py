@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from data_pipeline.errors import UserError
 
 ENDED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+    {
+        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+        *("REVOKED", "TIMEOUT"),
+    }
 )
 _UNREACHABLE = re.compile(r"unable to contact|connection refused|timed out|timeout|socket|communication", re.IGNORECASE)
 _GONE = re.compile(r"invalid job id", re.IGNORECASE)
@@ -35,7 +38,7 @@ class Job:
     nodes: str
     excluded: str
     restarts: int
-    end_time: float | None
+    preempted: bool
 
     @property
     def ended(self) -> bool:
@@ -91,9 +94,9 @@ def cancel(job_id: str) -> None:
             raise UserError(f"job {job_id} not cancelled: {error}") from None
 
 
-def kill_step(step: str) -> None:
-    """Ends every process of a job step at once, stopped ones too."""
-    _command("scancel", "--signal=KILL", step)
+def steps(job_id: str) -> list[str]:
+    """The steps that srun has started in a job."""
+    return re.findall(rf"^{re.escape(job_id)}\.\d+$", _command("squeue", "-hs", "-j", job_id, "-o", "%i"), re.MULTILINE)
 
 
 def signal_step(step: str, name: str) -> None:
@@ -113,11 +116,6 @@ def _parse(job_id: str, line: str) -> Job:
         value = match[1] if match else ""
         return "" if value in ("(null)", "None", "Unknown") else value
 
-    end = field("EndTime")
-    try:
-        end_time = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        end_time = None
     return Job(
         job_id=job_id,
         state=field("JobState").split("+")[0],
@@ -125,7 +123,7 @@ def _parse(job_id: str, line: str) -> Job:
         nodes=field("NodeList"),
         excluded=field("ExcNodeList"),
         restarts=int(field("Restarts") or 0),
-        end_time=end_time,
+        preempted=bool(field("PreemptTime")),
     )
 
 

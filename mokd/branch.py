@@ -44,10 +44,8 @@ class Branch:
         self.teacher.train()
         self.forward_student: Callable[..., Any] = student
         self.optimizer: BranchOptimizer | None = None
-        self._pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """`teacher = momentum * teacher + (1 - momentum) * student`, over parameters only."""
-        teachers, students = map(list, zip(*self._pairs, strict=True))
-        torch._foreach_lerp_(teachers, students, 1.0 - momentum)
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)

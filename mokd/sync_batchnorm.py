@@ -36,7 +36,10 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(
             replaced.num_features, replaced.eps, replaced.momentum, replaced.affine, replaced.track_running_stats
         )
-        self.load_state_dict(replaced.state_dict())
+        # the same objects: optimisers and averages may hold references to them
+        self.weight, self.bias = replaced.weight, replaced.bias
+        self.running_mean, self.running_var = replaced.running_mean, replaced.running_var
+        self.num_batches_tracked = replaced.num_batches_tracked
         self.train(replaced.training)
         # timm's fused norm + activation layers carry these two
         self.drop = getattr(replaced, "drop", nn.Identity())

@@ -66,6 +66,7 @@ class Cluster:
             self.down()
         for folder in ("", "munge", "ctld", "log", *(f"spool-{name}" for name in options.node_names())):
             (self.state / folder).mkdir(parents=True, exist_ok=True, mode=0o755)
+        (self.state / ".gitignore").write_text("*\n")
         self.conf.write_text(slurm_conf(self.state, options))
         (self.state / "options.json").write_text(json.dumps(asdict(options)))
         key = self.state / "munge/key"
@@ -81,10 +82,8 @@ class Cluster:
 
     def down(self) -> None:
         """Stop every process that `up` started, end its jobs, and forget the queue."""
+        self.clear()
         recorded = self._recorded()
-        if "slurmctld" in recorded:
-            self._quietly("scancel", "--user", str(os.getuid()))
-            self._wait_for_empty_queue()
         for name in sorted(recorded, key=lambda name: name == "munged"):
             self.stop(name)
         if ETC_LINK.is_symlink() and Path(os.readlink(ETC_LINK)) == self.conf:
@@ -92,6 +91,18 @@ class Cluster:
         for folder in self.state.glob("spool-*"):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(self.state / "ctld", ignore_errors=True)
+
+    def clear(self) -> None:
+        """Cancel every job and wait until their processes are gone."""
+        if "slurmctld" not in self._recorded():
+            return
+        self._quietly("scancel", "--user", str(os.getuid()))
+        for step in self._quietly("squeue", "-hs", "-o", "%i").split():
+            if step.rpartition(".")[2].isdigit():
+                self._quietly("scancel", "--signal=KILL", step)
+        deadline = time.monotonic() + 20.0
+        while self._quietly("squeue", "-h").strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def start(self, name: str) -> None:
         """Start one daemon (`munged`, `slurmctld` or a node's name) unless it runs."""
@@ -134,6 +145,7 @@ class Cluster:
                 time.sleep(0.05)
             if _process_start(pid) != started or attempt:
                 break
+        _reap(pid)
         self._write(recorded)
 
     def wipe_spool(self, node: str) -> None:
@@ -174,11 +186,6 @@ class Cluster:
         raise ClusterError(f"nodes not ready after {seconds:.0f} s: {states}; see {self.state}/log")
 
     # --- details
-
-    def _wait_for_empty_queue(self, seconds: float = 15.0) -> None:
-        deadline = time.monotonic() + seconds
-        while self._quietly("squeue", "-h").strip() and time.monotonic() < deadline:
-            time.sleep(0.3)
 
     def _await_ready(self, name: str, process: subprocess.Popen[bytes], seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds

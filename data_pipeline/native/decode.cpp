@@ -1,7 +1,7 @@
 #include "decode.h"
 
-#include <array>
-#include <cstring>
+#include <algorithm>
+#include <cmath>
 
 Decoder::Decoder() : handle_(tjInitDecompress()) {}
 
@@ -50,6 +50,8 @@ Status Decoder::decode_jpeg(const Source& source, Planes& planes) {
     if (!handle_) return kNoMemory;
     if (tjDecompressHeader3(handle_, source.data, source.size, &width, &height, &subsampling, &space) != 0) return kBadHeader;
     if (width != source.width || height != source.height) return kBadSize;
+    width = planes.width;
+    height = planes.height;
     int failed;
     if (space == TJCS_YCbCr || space == TJCS_GRAY) {
         if (subsampling < 0) return kBadHeader;
@@ -79,38 +81,12 @@ Status Decoder::decode_jpeg(const Source& source, Planes& planes) {
     return kOk;
 }
 
-Status Decoder::decode(const Source& source, Planes& planes) {
-    planes.width = source.width;
-    planes.height = source.height;
+Status Decoder::decode(const Source& source, int shrink, Planes& planes) {
+    planes.shrink = source.jpeg ? shrink : 1;
+    planes.width = (source.width + planes.shrink - 1) / planes.shrink;
+    planes.height = (source.height + planes.shrink - 1) / planes.shrink;
     if (source.jpeg) return decode_jpeg(source, planes);
     if (source.size != (size_t)source.width * source.height * 3) return kBadSize;
     split_rgb(source.data, source.width, source.height, planes);
     return kOk;
-}
-
-static std::array<std::array<uint32_t, 256>, 8> crc_tables() {
-    std::array<std::array<uint32_t, 256>, 8> t{};
-    for (uint32_t i = 0; i < 256; i++) {
-        uint32_t c = i;
-        for (int k = 0; k < 8; k++) c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
-        t[0][i] = c;
-    }
-    for (uint32_t i = 0; i < 256; i++)
-        for (int s = 1; s < 8; s++) t[s][i] = t[0][t[s - 1][i] & 255] ^ (t[s - 1][i] >> 8);
-    return t;
-}
-
-uint32_t crc32_of(const uint8_t* data, size_t size) {
-    static const auto t = crc_tables();
-    uint32_t c = ~0u;
-    for (; size >= 8; size -= 8, data += 8) {
-        uint32_t low, high;
-        std::memcpy(&low, data, 4);
-        std::memcpy(&high, data + 4, 4);
-        low ^= c;
-        c = t[7][low & 255] ^ t[6][low >> 8 & 255] ^ t[5][low >> 16 & 255] ^ t[4][low >> 24] ^ t[3][high & 255] ^
-            t[2][high >> 8 & 255] ^ t[1][high >> 16 & 255] ^ t[0][high >> 24];
-    }
-    for (; size; size--, data++) c = t[0][(c ^ *data) & 255] ^ (c >> 8);
-    return ~c;
 }

@@ -33,8 +33,9 @@ public:
     Decoder(const Decoder&) = delete;
     Decoder& operator=(const Decoder&) = delete;
 
-    // Fills `planes`, valid until the next call.
-    Status decode(const Source& source, Planes& planes);
+    // Fills `planes`, valid until the next call. shrink: 1, 2, 4 or 8; a JPEG is decoded at that part of its size,
+    // rounded up, for a fraction of the work (its high frequencies are dropped). Raw images are never shrunk.
+    Status decode(const Source& source, int shrink, Planes& planes);
     void release_if_larger(size_t bytes);
 
 private:
@@ -45,6 +46,3 @@ private:
     tjhandle handle_;
     std::vector<uint8_t> memory_, interleaved_;
 };
-
-// CRC-32 as in zlib.
-uint32_t crc32_of(const uint8_t* data, size_t size);

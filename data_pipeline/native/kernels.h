@@ -19,10 +19,11 @@ struct Planes {
     int count;
     bool ycc;
     int width, height;  // of the first plane, without padding
+    int shrink;         // the image was decoded at 1 / shrink of its size
 };
 
-// A rectangle to cut: where it lies (in pixels of the full image, fractions allowed), and from which pixels
-// (`clip`) the filter may take its taps.
+// A rectangle to cut, in pixels of the image at its full size: where it lies (fractions allowed), and from which
+// pixels (`clip`) the filter may take its taps.
 struct Cut {
     double x, y, width, height;
     int clip_x, clip_y, clip_width, clip_height;
@@ -39,9 +40,19 @@ struct Photometric {
     int32_t taps;
 };
 
+// Keep in step with data_pipeline/native_library.py.
+enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// What all views have in common: solarisation from `threshold` on, scale and shift by channel, the type of the result.
+struct Finish {
+    float threshold, scale[3], shift[3];
+    Type type;
+    int bytes() const { return type == kFloat32 ? 4 : 2; }
+};
+
 // Buffers of one thread, kept between images so that nothing is allocated per sample.
 struct Scratch {
-    std::vector<float> columns, rows, weights, image, filtered;
+    std::vector<float> columns, rows, weights, filtered;
     std::vector<int> first;
     void release_if_larger(size_t bytes);
 };
@@ -50,9 +61,8 @@ struct Kernels {
     const char* name;
     // Antialiased bicubic resample of `cut` to 3 x size x size bytes, planar RGB.
     void (*resample)(const Planes&, const Cut&, Scratch&, uint8_t* out);
-    // 3 x size x size bytes to as many floats: colour changes, then (x / 255 - mean) / std.
-    void (*photometrics)(const uint8_t* in, int size, const Photometric&, float threshold, const float* mean,
-                         const float* std, Scratch&, float* out);
+    // 3 x size x size bytes to as many numbers: colour changes, then x * scale + shift in the type of the result.
+    void (*photometrics)(const uint8_t* in, int size, const Photometric&, const Finish&, Scratch&, uint8_t* out);
 };
 
 const Kernels& kernels();

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <vector>
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define SIMD_LEVEL 2
 #include "resample.h"
 #include "photometrics.h"

@@ -7,13 +7,14 @@
 #include <memory>
 #include <new>
 
+#include "checksum.h"
 #include "decode.h"
 #include "pool.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 void Scratch::release_if_larger(size_t bytes) {
-    for (auto* v : {&columns, &rows, &weights, &image, &filtered})
+    for (auto* v : {&columns, &rows, &weights, &filtered})
         if (v->capacity() * sizeof(float) > bytes) std::vector<float>().swap(*v);
 }
 
@@ -35,6 +36,8 @@ namespace {
 // Buffers above this size are given back after the image that needed them.
 constexpr size_t kKeepBytes = 64u << 20;
 
+constexpr double kSpare = 2.0;
+
 struct Worker {
     Decoder decoder;
     Scratch scratch;
@@ -49,6 +52,16 @@ struct Engine {
         for (int i = 0; i < threads; i++) workers.push_back(std::make_unique<Worker>());
     }
 };
+
+// The largest of 1, 2, 4, 8 by which the decoder may shrink an image for these cuts: what is left must have at least
+// kSpare pixels for every pixel of an output, so that the resampling that follows still decides what is kept.
+int shrink_for(const double* geometry, const int32_t* cut_sizes, int cuts) {
+    double least = 8 * kSpare;
+    for (int v = 0; v < cuts; v++) least = std::min(least, std::min(geometry[v * 8 + 2], geometry[v * 8 + 3]) / cut_sizes[v]);
+    int shrink = 1;
+    while (shrink < 8 && 2 * shrink * kSpare <= least) shrink *= 2;
+    return shrink;
+}
 
 Status read_sample(int fd, uint64_t offset, uint64_t size, bool check, std::vector<uint8_t>& bytes) {
     size_t wanted = size + (check ? 4 : 0);
@@ -87,8 +100,6 @@ EXPORT void mokd_engine_destroy(void* engine) { delete (Engine*)engine; }
 
 EXPORT const char* mokd_engine_kernels(void* engine) { return ((Engine*)engine)->kernels->name; }
 
-EXPORT uint32_t mokd_crc32(const uint8_t* data, uint64_t size) { return crc32_of(data, size); }
-
 // Reads, decodes once and cuts `cuts` views of each of n samples: sample i goes to out + i * out_stride, view after
 // view. geometry: [n, cuts, 8] float64 (x, y, width, height, clip x, y, width, height); flips: [n, cuts].
 EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, const uint64_t* sizes,
@@ -101,14 +112,15 @@ EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, c
         try {
             Planes planes;
             Status result = read_sample(fd, offsets[i], sizes[i], check, worker.bytes);
+            Source source{worker.bytes.data(), sizes[i], widths[i], heights[i], jpeg[i] != 0};
             if (result == kOk)
-                result = worker.decoder.decode({worker.bytes.data(), sizes[i], widths[i], heights[i], jpeg[i] != 0}, planes);
+                result = worker.decoder.decode(source, shrink_for(geometry + i * cuts * 8, cut_sizes, cuts), planes);
             uint8_t* target = out + i * out_stride;
             for (int v = 0; v < cuts && result == kOk; v++) {
                 const double* g = geometry + (i * cuts + v) * 8;
                 Cut cut{g[0], g[1], g[2], g[3], (int)g[4], (int)g[5], (int)g[6], (int)g[7], flips[i * cuts + v] != 0, cut_sizes[v]};
                 if (cut.clip_x < 0 || cut.clip_y < 0 || cut.clip_width < 1 || cut.clip_height < 1 ||
-                    cut.clip_x + cut.clip_width > planes.width || cut.clip_y + cut.clip_height > planes.height ||
+                    cut.clip_x + cut.clip_width > widths[i] || cut.clip_y + cut.clip_height > heights[i] ||
                     !(cut.width > 0) || !(cut.height > 0))
                     result = kBadBox;
                 else
@@ -125,17 +137,23 @@ EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, c
     });
 }
 
-// Photometrics of n x views views, as laid out by mokd_cut, to float32: view v of sample i goes to outs[v] + i * 3 * size^2.
+// Photometrics of n x views views, as laid out by mokd_cut: view v of sample i goes to outs[v] + i * 3 * size^2 numbers of
+// `type` (see kernels.h).
 EXPORT void mokd_photometrics(void* handle, int64_t n, int views, const uint8_t* in, int64_t in_stride, const int32_t* sizes,
-                              const Photometric* parameters, float threshold, const float* mean, const float* std,
-                              float* const* outs) {
+                              const Photometric* parameters, float threshold, const float* mean, const float* std, int type,
+                              uint8_t* const* outs) {
     Engine& engine = *(Engine*)handle;
+    Finish finish{threshold, {}, {}, (Type)type};
+    for (int c = 0; c < 3; c++) {
+        finish.scale[c] = 1.0f / (255.0f * std[c]);
+        finish.shift[c] = -mean[c] / std[c];
+    }
     engine.pool.run(n * views, [&](int64_t task, int thread) {
         int64_t i = task / views;
         int v = (int)(task % views);
-        int64_t start = 0;
+        int64_t start = 0, pixels = (int64_t)3 * sizes[v] * sizes[v];
         for (int before = 0; before < v; before++) start += (int64_t)3 * sizes[before] * sizes[before];
-        engine.kernels->photometrics(in + i * in_stride + start, sizes[v], parameters[task], threshold, mean, std,
-                                     engine.workers[thread]->scratch, outs[v] + i * 3 * sizes[v] * sizes[v]);
+        engine.kernels->photometrics(in + i * in_stride + start, sizes[v], parameters[task], finish,
+                                     engine.workers[thread]->scratch, outs[v] + i * pixels * finish.bytes());
     });
 }

@@ -1,42 +1,45 @@
 // Colour jitter, grey, blur, solarise and normalisation of one view (included once per instruction set).
+//
+// A view is worked off row by row, so that everything between its bytes and its result stays in the first-level cache:
+// colours of a row, its blur along x, the blur along y over a ring of such rows, the rest. Only the contrast needs a
+// pass of its own before, for the mean brightness of what the earlier operations make of the view.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
+#include "half.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace SIMD_NAMESPACE {
 
-constexpr int kReach = 16;  // no blur looks further, in pixels
+constexpr int kReach = 16;            // no blur looks further, in pixels
+constexpr int kRing = 2 * kReach;     // rows that a blur along y may need at a time
 
 static inline float clamp255(float x) { return std::min(std::max(x, 0.0f), 255.0f); }
 static inline float grey_of(float r, float g, float b) { return 0.299f * r + 0.587f * g + 0.114f * b; }
 
+// One row of a view, or a part of it: three channels of n floats.
+struct Row {
+    float *r, *g, *b;
+    int n;
+    float* channel(int c) const { return c == 0 ? r : c == 1 ? g : b; }
+};
+
 // Every channel becomes base + factor * (channel - base), cut to 0..255.
 static void blend(float* __restrict x, int n, float base, float factor) {
-    for (int i = 0; i < n; i++) x[i] = clamp255(base + factor * (x[i] - base));
+    float rest = base - factor * base;
+    for (int i = 0; i < n; i++) x[i] = clamp255(rest + factor * x[i]);
 }
 
-static float mean_grey(const float* __restrict r, const float* __restrict g, const float* __restrict b, int n) {
-    constexpr int kWays = 64;
-    float sums[kWays] = {};
-    int i = 0;
-    for (; i + kWays <= n; i += kWays)
-        for (int j = 0; j < kWays; j++) sums[j] += grey_of(r[i + j], g[i + j], b[i + j]);
-    double sum = 0.0;
-    for (; i < n; i++) sum += grey_of(r[i], g[i], b[i]);
-    for (float part : sums) sum += part;
-    return (float)(sum / n);
-}
-
-static void saturate(float* __restrict r, float* __restrict g, float* __restrict b, int n, float factor) {
-    for (int i = 0; i < n; i++) {
-        float grey = grey_of(r[i], g[i], b[i]);
-        r[i] = clamp255(grey + factor * (r[i] - grey));
-        g[i] = clamp255(grey + factor * (g[i] - grey));
-        b[i] = clamp255(grey + factor * (b[i] - grey));
+static void saturate(const Row& row, float factor) {
+    float *__restrict r = row.r, *__restrict g = row.g, *__restrict b = row.b;
+    for (int i = 0; i < row.n; i++) {
+        float rest = (1.0f - factor) * grey_of(r[i], g[i], b[i]);
+        r[i] = clamp255(rest + factor * r[i]);
+        g[i] = clamp255(rest + factor * g[i]);
+        b[i] = clamp255(rest + factor * b[i]);
     }
 }
 
@@ -48,8 +51,9 @@ static inline float hsv_channel(float n, float h, float value, float chroma) {
     return value - chroma * std::max(t, 0.0f);
 }
 
-static void shift_hue(float* __restrict r, float* __restrict g, float* __restrict b, int n, float turn) {
-    for (int i = 0; i < n; i++) {
+static void shift_hue(const Row& row, float turn) {
+    float *__restrict r = row.r, *__restrict g = row.g, *__restrict b = row.b;
+    for (int i = 0; i < row.n; i++) {
         float red = r[i], green = g[i], blue = b[i];
         float value = std::max(std::max(red, green), blue), low = std::min(std::min(red, green), blue);
         float chroma = value - low, inverse = 1.0f / (chroma > 0.0f ? chroma : 1.0f);
@@ -65,62 +69,155 @@ static void shift_hue(float* __restrict r, float* __restrict g, float* __restric
     }
 }
 
-// Both passes of a symmetric separable filter on one plane; pixels beyond an edge repeat it.
-static void blur(float* __restrict x, int size, const float* kernel, int taps, float* __restrict buffer) {
-    int n = size * size;
-    for (int row = 0; row < size; row++) {
-        float* out = buffer + row * size;
-        for (int i = 0; i < size; i++) out[i] = kernel[0] * x[row * size + i];
-        for (int t = 1; t < taps; t++) {
-            const float* above = x + std::max(row - t, 0) * size;
-            const float* below = x + std::min(row + t, size - 1) * size;
-            float w = kernel[t];
-            for (int i = 0; i < size; i++) out[i] += w * (above[i] + below[i]);
-        }
-    }
-    float* line = buffer + n + kReach;
-    for (int row = 0; row < size; row++) {
-        for (int i = -kReach; i < 0; i++) line[i] = buffer[row * size];
-        for (int i = 0; i < size; i++) line[i] = buffer[row * size + i];
-        for (int i = size; i < size + kReach; i++) line[i] = buffer[row * size + size - 1];
-        float* out = x + row * size;
-        for (int i = 0; i < size; i++) out[i] = kernel[0] * line[i];
-        for (int t = 1; t < taps; t++) {
-            float w = kernel[t];
-            for (int i = 0; i < size; i++) out[i] += w * (line[i - t] + line[i + t]);
+// The jitter operations begin .. end - 1 in the order of the view; `base` is what the contrast works towards.
+static void jitter(const Row& row, const Photometric& p, int begin, int end, float base) {
+    for (int step = begin; step < end; step++) {
+        float factor = p.factor[p.order[step]];
+        switch (p.order[step]) {
+            case 0:
+            case 1:
+                for (int c = 0; c < 3; c++) blend(row.channel(c), row.n, p.order[step] == 0 ? 0.0f : base, factor);
+                break;
+            case 2: saturate(row, factor); break;
+            case 3: shift_hue(row, factor); break;
         }
     }
 }
 
-static void photometrics(const uint8_t* in, int size, const Photometric& p, float threshold, const float* mean,
-                         const float* std, Scratch& scratch, float* out) {
+static void load_row(const uint8_t* in, int y, int size, const Row& row) {
+    for (int c = 0; c < 3; c++) {
+        const uint8_t* __restrict from = in + ((size_t)c * size + y) * size;
+        float* __restrict to = row.channel(c);
+        for (int i = 0; i < size; i++) to[i] = (float)from[i];
+    }
+}
+
+static float grey_sum(const Row& row) {
+    constexpr int kWays = 32;
+    const float *__restrict r = row.r, *__restrict g = row.g, *__restrict b = row.b;
+    float sums[kWays] = {}, sum = 0.0f;
+    int i = 0;
+    for (; i + kWays <= row.n; i += kWays)
+        for (int j = 0; j < kWays; j++) sums[j] += grey_of(r[i + j], g[i + j], b[i + j]);
+    for (; i < row.n; i++) sum += grey_of(r[i], g[i], b[i]);
+    for (float part : sums) sum += part;
+    return sum;
+}
+
+static uint32_t byte_sum(const uint8_t* __restrict x, int n) {
+    uint32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+// The mean grey level of the view when its contrast is changed, which is after `before` other operations.
+static float contrast_base(const uint8_t* in, int size, const Photometric& p, int before, const Row& row) {
     int n = size * size;
-    float *r = out, *g = out + n, *b = out + 2 * n;
-    for (int i = 0; i < 3 * n; i++) out[i] = (float)in[i];
-    for (int step = 0; p.jitter && step < 4; step++) {
-        float factor = p.factor[p.order[step]];
-        switch (p.order[step]) {
-            case 0: blend(out, 3 * n, 0.0f, factor); break;
-            case 1: blend(out, 3 * n, mean_grey(r, g, b, n), factor); break;
-            case 2: saturate(r, g, b, n, factor); break;
-            case 3: shift_hue(r, g, b, n, factor); break;
+    if (before == 0) {
+        double sums[3];
+        for (int c = 0; c < 3; c++) {
+            sums[c] = 0.0;
+            for (int y = 0; y < size; y++) sums[c] += byte_sum(in + (size_t)c * n + (size_t)y * size, size);
+        }
+        return (float)((0.299 * sums[0] + 0.587 * sums[1] + 0.114 * sums[2]) / n);
+    }
+    double sum = 0.0;
+    for (int y = 0; y < size; y++) {
+        load_row(in, y, size, row);
+        jitter(row, p, 0, before, 0.0f);
+        sum += grey_sum(row);
+    }
+    return (float)(sum / n);
+}
+
+// A symmetric filter along x; pixels beyond an edge repeat it. `line` has room for kReach pixels on both sides.
+static void blur_row(const float* __restrict x, int size, int padded, const Photometric& p, float* line, float* out) {
+    std::fill(line - kReach, line, x[0]);
+    std::memcpy(line, x, size * sizeof(float));
+    std::fill(line + size, line + padded + kReach, x[size - 1]);
+    for (int i = 0; i < padded; i += kLanes) {
+        Vec sum = load(line + i) * splat(p.kernel[0]);
+        for (int t = 1; t < p.taps; t++) sum = fma(load(line + i - t) + load(line + i + t), splat(p.kernel[t]), sum);
+        store(out + i, sum);
+    }
+}
+
+// The same along y: row y from a ring of rows `stride` floats apart.
+static void blur_column(const float* ring, size_t stride, int y, int size, int padded, const Photometric& p, float* out) {
+    const float *above[kReach], *below[kReach];
+    for (int t = 0; t < p.taps; t++) {
+        above[t] = ring + (size_t)(std::max(y - t, 0) % kRing) * stride;
+        below[t] = ring + (size_t)(std::min(y + t, size - 1) % kRing) * stride;
+    }
+    for (int i = 0; i < padded; i += kLanes) {
+        Vec sum = load(above[0] + i) * splat(p.kernel[0]);
+        for (int t = 1; t < p.taps; t++) sum = fma(load(above[t] + i) + load(below[t] + i), splat(p.kernel[t]), sum);
+        store(out + i, sum);
+    }
+}
+
+// Solarises, normalises and writes row y of the result.
+static void finish_row(const Row& row, int y, int size, bool solarize, const Finish& finish, uint8_t* out) {
+    for (int c = 0; c < 3; c++) {
+        float* __restrict x = row.channel(c);
+        float scale = finish.scale[c], shift = finish.shift[c], threshold = finish.threshold;
+        if (solarize)
+            for (int i = 0; i < size; i++) x[i] = x[i] >= threshold ? 255.0f - x[i] : x[i];
+        size_t at = ((size_t)c * size + y) * size;
+        if (finish.type == kFloat32) {
+            float* __restrict to = (float*)out + at;
+            for (int i = 0; i < size; i++) to[i] = x[i] * scale + shift;
+        } else {
+            for (int i = 0; i < size; i++) x[i] = x[i] * scale + shift;
+            uint16_t* to = (uint16_t*)out + at;
+            if (finish.type == kBFloat16)
+                to_bfloat16(x, size, to);
+            else
+                to_float16(x, size, to);
         }
     }
-    if (p.grey) {
-        for (int i = 0; i < n; i++) r[i] = grey_of(r[i], g[i], b[i]);
-        std::memcpy(g, r, n * sizeof(float));
-        std::memcpy(b, r, n * sizeof(float));
+}
+
+static void photometrics(const uint8_t* in, int size, const Photometric& p, const Finish& finish, Scratch& scratch,
+                         uint8_t* out) {
+    int padded = (size + 15) / 16 * 16;
+    size_t line_floats = padded + 2 * kReach;
+    scratch.filtered.resize(3 * (size_t)padded + line_floats + (p.taps > 1 ? (size_t)kRing * 3 * padded : 0));
+    float *colours = scratch.filtered.data(), *line = colours + 3 * padded + kReach;
+    float* ring = colours + 3 * padded + line_floats;
+    Row row{colours, colours + padded, colours + 2 * padded, size};
+
+    int steps = p.jitter ? 4 : 0, before = (int)(std::find(p.order, p.order + steps, 1) - p.order);
+    float base = before < steps ? contrast_base(in, size, p, before, row) : 0.0f;
+    auto change_colours = [&](int y) {
+        load_row(in, y, size, row);
+        jitter(row, p, 0, steps, base);
+        if (p.grey) {
+            for (int i = 0; i < size; i++) row.r[i] = grey_of(row.r[i], row.g[i], row.b[i]);
+            std::memcpy(row.g, row.r, size * sizeof(float));
+            std::memcpy(row.b, row.r, size * sizeof(float));
+        }
+    };
+    if (p.taps <= 1) {
+        for (int y = 0; y < size; y++) {
+            change_colours(y);
+            finish_row(row, y, size, p.solarize, finish, out);
+        }
+        return;
     }
-    if (p.taps > 1) {
-        scratch.filtered.resize((size_t)n + size + 2 * kReach);
-        for (int c = 0; c < 3; c++) blur(out + c * n, size, p.kernel, p.taps, scratch.filtered.data());
-    }
-    for (int c = 0; c < 3; c++) {
-        float scale = 1.0f / (255.0f * std[c]), shift = -mean[c] / std[c];
-        float* x = out + c * n;
-        if (p.solarize)
-            for (int i = 0; i < n; i++) x[i] = x[i] >= threshold ? 255.0f - x[i] : x[i];
-        for (int i = 0; i < n; i++) x[i] = x[i] * scale + shift;
+    int reach = p.taps - 1, channels = p.grey ? 1 : 3;
+    size_t stride = 3 * (size_t)padded;
+    for (int y = 0; y < size + reach; y++) {
+        if (y < size) {
+            change_colours(y);
+            float* to = ring + (size_t)(y % kRing) * stride;
+            for (int c = 0; c < channels; c++) blur_row(row.channel(c), size, padded, p, line, to + (size_t)c * padded);
+        }
+        if (y < reach) continue;
+        for (int c = 0; c < channels; c++)
+            blur_column(ring + (size_t)c * padded, stride, y - reach, size, padded, p, row.channel(c));
+        for (int c = channels; c < 3; c++) std::memcpy(row.channel(c), row.r, size * sizeof(float));
+        finish_row(row, y - reach, size, p.solarize, finish, out);
     }
 }
 

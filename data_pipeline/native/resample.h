@@ -117,8 +117,8 @@ static void resample(const Planes& image, const Cut& cut, Scratch& scratch, uint
     for (int kind = 0; kind < kinds; kind++) {
         const Plane& plane = image.plane[kind];
         // a chroma sample covers 2 x 2, 2 x 1, ... pixels; JPEG puts it in their middle
-        double sx = kind ? std::round((double)image.plane[0].width / plane.width) : 1.0;
-        double sy = kind ? std::round((double)image.plane[0].height / plane.height) : 1.0;
+        double sx = image.shrink * (kind ? std::round((double)image.plane[0].width / plane.width) : 1.0);
+        double sy = image.shrink * (kind ? std::round((double)image.plane[0].height / plane.height) : 1.0);
         for (int axis = 0; axis < 2; axis++) {
             double s = axis ? sy : sx;
             double start = (axis ? cut.y : cut.x) / s, length = (axis ? cut.height : cut.width) / s;

@@ -1,0 +1,180 @@
+"""Faults 7 and 9 to 13: processes, nodes and daemons that vanish or stall without a word."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.records import Records, checkpoint_step
+from launcher.status import read_status
+from mokd.run_directory import RunDirectory
+from slurm.cluster import Cluster
+from tests.slurm.harness import (
+    attempt_record,
+    children,
+    config,
+    kill,
+    logged_steps,
+    logs,
+    lost_steps,
+    pretend,
+    ranks,
+    train,
+    wait_for,
+    wait_for_step,
+    wait_until_final,
+    weights,
+)
+
+pytestmark = pytest.mark.slurm
+Start = Callable[..., Cluster]
+Record = Callable[[str, Any], None]
+
+
+def check_same(run: RunDirectory, undisturbed: RunDirectory, record_property: Record, most_lost: int = 4) -> None:
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    lost = max(lost_steps(run), default=0)
+    record_property("lost", lost)
+    assert lost <= most_lost
+    assert logged_steps(run) == list(range(1, 25))
+    assert weights(run) == weights(undisturbed)
+
+
+@pytest.mark.fault(7)
+@pytest.mark.timeout(300)
+def test_killed_rank(
+    cluster: Cluster, beton: Path, undisturbed: RunDirectory, tmp_path: Path, record_property: Record
+) -> None:
+    run = train(config(beton, "killed"), tmp_path)
+    wait_for_step(run, 6)
+    found = ranks(run)
+    began = time.monotonic()
+    kill([found[1]])
+    wait_for("all ranks to be gone", lambda: not ranks(run), 15.0)
+    record_property("all_down_seconds", round(time.monotonic() - began, 1))
+    check_same(run, undisturbed, record_property)
+    assert [restart["kind"] for restart in read_status(run).restarts] == ["failure"]
+    assert "rank 1 on n2" in read_status(run).restarts[0]["reason"]
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("victim", ["n2", pytest.param("n1", marks=pytest.mark.slow)])
+@pytest.mark.timeout(300)
+def test_node_dies(
+    cluster: Cluster, beton: Path, undisturbed: RunDirectory, tmp_path: Path, record_property: Record, victim: str
+) -> None:
+    run = train(config(beton, f"without-{victim}"), tmp_path)
+    wait_for_step(run, 6)
+    assert attempt_record(run, 1)["nodes"] == "n[1-2]"
+    daemon, steps, rank = cluster.pid(victim), children(cluster, victim), ranks(run)[int(victim[1]) - 1]
+    began = time.monotonic()
+    # slurmd first: it must not live to report the deaths of the others
+    cluster.stop(victim, signal.SIGKILL)
+    kill([daemon, *steps, rank])
+    try:
+        wait_for("the next attempt", lambda: run.current_attempt() > 1, 60.0)
+        wait_for("its ranks", lambda: ranks(run), 30.0)
+        record_property("elsewhere_seconds", round(time.monotonic() - began, 1))
+        assert time.monotonic() - began < 60.0
+        assert victim not in attempt_record(run, run.current_attempt())["nodes"]
+        check_same(run, undisturbed, record_property)
+    finally:
+        cluster.wipe_spool(victim)
+        cluster.start(victim)
+        cluster.wait_until_idle([victim])
+
+
+@pytest.mark.fault(10)
+@pytest.mark.timeout(400)
+def test_zombie_attempt(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    """One node with both ranks, whose slurmd alone is killed: SLURM starts the job elsewhere, the old ranks go on."""
+    plan = {"steps": 900, "step_seconds": 0.1, "every": 10}
+    run = pretend(tmp_path, beton, "zombie", plan, nodes=1, tasks_per_node=2)
+    wait_for_step(run, 5)
+    old = ranks(run)
+    cluster.stop("n1", signal.SIGKILL)
+    try:
+        wait_for("the next attempt", lambda: run.current_attempt() > 1, 90.0)
+        assert any(Path(f"/proc/{pid}").exists() for pid in old.values()), "nothing was left behind: not this fault"
+        # the leftover is refused at its next write and leaves by itself
+        wait_for("the leftovers to go", lambda: not any(Path(f"/proc/{pid}").exists() for pid in old.values()), 60.0)
+        status = wait_until_final(run)
+        assert status.state == "done", logs(run)
+        assert status.restarts[0]["kind"] == "lost"
+        record_property("lost", "<= K")
+    finally:
+        kill(old.values())
+        cluster.wipe_spool("n1")
+        cluster.start("n1")
+        cluster.wait_until_idle(["n1"])
+
+
+@pytest.mark.fault(11)
+@pytest.mark.timeout(300)
+def test_hang(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    """A rank is stopped; the first waits for it as it would in a collective."""
+    plan = {"steps": 60, "step_seconds": 0.1, "every": 10}
+    run = pretend(tmp_path, beton, "hang", plan, hang_timeout_seconds=5)
+    wait_for_step(run, 15)
+    found = ranks(run)
+    (run.path / "hold").touch()
+    os.kill(found[1], signal.SIGSTOP)
+    began = time.monotonic()
+    wait_for("all ranks to be gone", lambda: not ranks(run), 20.0)
+    record_property("noticed_seconds", round(time.monotonic() - began, 1))
+    (run.path / "hold").unlink()
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    assert [restart["reason"] for restart in status.restarts] == ["hang: no sign of life for 5 s"]
+    assert status.restarts[0]["step"] >= 10
+    record_property("lost", "<= K")
+
+
+@pytest.mark.fault(12)
+@pytest.mark.timeout(300)
+def test_bad_node(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    run = pretend(tmp_path, beton, "bad-node", {"steps": 20, "bad_node": "n2"})
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    endings = Records(run).endings()
+    assert [ending.blamed for ending in endings] == [["n2"], ["n2"], []]
+    assert [ending.nodes for ending in endings] == ["n[1-2]", "n[1-2]", "n[1,3]"]
+    record_property("restarts", 2)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.timeout(300)
+def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    run = pretend(tmp_path, beton, "orphan", {"steps": 400, "step_seconds": 0.1, "every": 100000})
+    wait_for_step(run, 10)
+    found = ranks(run)
+    cluster.stop("slurmctld", signal.SIGKILL)
+    try:
+        kill(found.values(), signal.SIGUSR2)
+        wait_for("the ranks to leave", lambda: not ranks(run), 30.0)
+        saved = checkpoint_step(run)
+        time.sleep(25.0)
+    finally:
+        cluster.start("slurmctld")
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    assert [restart["step"] for restart in status.restarts] == [saved]
+    assert saved >= 10
+    record_property("lost", 0)
+
+
+@pytest.mark.fault(21)
+@pytest.mark.timeout(300)
+def test_crash_loop(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    run = pretend(tmp_path, beton, "poisoned", {"steps": 40, "every": 10, "fail_at": 25})
+    status = wait_until_final(run)
+    assert status.state == "failed", logs(run)
+    assert "no progress beyond step 20 in 3 restarts" in status.reason
+    assert "batch 25 is poisoned" in status.reason
+    assert len(status.restarts) == 3
+    record_property("restarts", 3)

@@ -1,0 +1,53 @@
+"""A stand-in for training that keeps the trainer's promises towards the launcher and costs nothing.
+
+It counts steps, publishes "checkpoints", leaves the marks that the trainer leaves, and stops when asked. A file
+`payload.json` in the run directory says how long it runs and what goes wrong.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from data_pipeline.errors import UserError
+from launcher.records import checkpoint_step
+from mokd.run_directory import RunDirectory
+
+
+def run(directory: Path, stop):
+    directory_, plan = RunDirectory(directory), json.loads((directory / "payload.json").read_text())
+    attempt, rank = int(os.environ["MOKD_ATTEMPT"]), int(os.environ["RANK"])
+    started = step = checkpoint_step(directory_)
+    if plan.get("user_error"):
+        raise UserError(plan["user_error"])
+    if os.environ.get("SLURMD_NODENAME") == plan.get("bad_node"):
+        raise RuntimeError("this node's memory is broken")
+    while step < plan["steps"] and not stop.reason:
+        time.sleep(plan.get("step_seconds", 0.05))
+        step += 1
+        if step == plan.get("fail_at"):
+            raise RuntimeError(f"batch {step} is poisoned")
+        if step == plan.get("freeze_at") and rank == 1 and not (directory / "frozen").exists():
+            (directory / "frozen").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while rank == 0 and (directory / "hold").exists():
+            time.sleep(0.05)
+        if rank == 0:
+            directory_.write_status("running", attempt, step=step, total_steps=plan["steps"], epoch=0)
+            if step % plan.get("every", 10) == 0:
+                publish(directory_, step)
+    state = "done" if step >= plan["steps"] else "stopped"
+    if rank == 0:
+        if step > started:
+            publish(directory_, step)
+        reason = stop.reason or ""
+        directory_.write_status(state, attempt, step=step, reason=reason)
+    else:
+        time.sleep(plan.get("straggle_seconds", 0.0))
+    return SimpleNamespace(state=state, step=step)
+
+
+def publish(directory: RunDirectory, step: int) -> None:
+    (directory.checkpoints / f"step-{step}").mkdir(parents=True, exist_ok=True)

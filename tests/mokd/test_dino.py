@@ -1,0 +1,173 @@
+"""The whole objective against a slow transcription of the method, in float64, for one, two and three branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mokd.branch import Branch
+from mokd.dino import DinoObjective
+from tests.support import RESNET, THIRD, VIT, tiny_config
+
+B, GLOBALS, LOCALS = 3, 2, 3
+
+
+def build(branches: Sequence[dict], epochs: int = 0, **changes: object) -> tuple[DinoObjective, list[Branch], list[Tensor]]:
+    config = tiny_config(branches=[{**b, "drop_path": 0.0} for b in branches], **changes)
+    torch.manual_seed(5)
+    objective = DinoObjective(config.objective, config.views, [b.name for b in config.branches], torch.device("cpu"))
+    built = [objective.build_branch(b, B) for b in config.branches]
+    for branch in built:
+        branch.student.double()
+        branch.teacher.double()
+        for p in branch.teacher.parameters():  # a teacher that differs from its student
+            p.data.add_(0.05 * torch.randn_like(p))
+    objective.centers = torch.randn_like(objective.centers.double())
+    views = [torch.randn(GLOBALS, B, 3, 32, 32).double(), torch.randn(LOCALS, B, 3, 16, 16).double()]
+    return objective, built, views
+
+
+def temperature(epoch: int, warmup: int) -> float:
+    return 0.07 if epoch >= warmup else 0.04 + 0.03 * epoch / (warmup - 1)
+
+
+def cross_entropy(p: Tensor, s: Tensor) -> Tensor:
+    """Batch mean of the soft cross-entropy, prototype by prototype sums."""
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(p.shape[0]):
+        log_q = s[b] / 0.1 - torch.logsumexp(s[b] / 0.1, dim=0)
+        total = total - (p[b] * log_q).sum()
+    return total / p.shape[0]
+
+
+def paired(teacher: Tensor, student: Tensor, center: Tensor, temp: float) -> Tensor:
+    losses = [
+        cross_entropy(torch.softmax((teacher[q] - center) / temp, -1), student[v])
+        for q in range(GLOBALS)
+        for v in range(student.shape[0])
+        if v != q
+    ]
+    assert len(losses) == GLOBALS * student.shape[0] - GLOBALS
+    return sum(losses) / len(losses)
+
+
+def literal(objective: DinoObjective, branches: list[Branch], views: list[Tensor], epoch: int) -> list[dict[str, Tensor]]:
+    students = [b.student(views) for b in branches]
+    with torch.no_grad():
+        teachers = [b.teacher(views[:1]) for b in branches]
+    result = []
+    for i, branch in enumerate(branches):
+        own = temperature(epoch, branch.config.teacher_temp_warmup_epochs)
+        cross = temperature(epoch, objective.config.cross_temp_warmup_epochs)
+        mlp, dense = students[i].mlp.logits(), students[i].t_head.logits()
+        terms = {
+            "self_mlp": paired(teachers[i].mlp.logits(), mlp, objective.centers[i, 0], own),
+            "self_thead": paired(teachers[i].t_head.logits(), dense, objective.centers[i, 1], own),
+        }
+        others = [j for j in range(len(branches)) if j != i]
+        if others:
+            terms["cross_mlp"] = sum(
+                paired(teachers[j].mlp.logits(), mlp, objective.centers[j, 0], cross) for j in others
+            ) / len(others)
+            searches = []
+            for j in others:
+                head = branches[j].teacher.t_head
+                rows = []
+                for v in range(LOCALS):
+                    for b in range(B):
+                        with torch.no_grad():  # one query, one map, one row
+                            query = students[i].queries[GLOBALS + v, b][None]
+                            found = head(teachers[j].tokens[b][None], query)[0] @ teachers[j].t_head.weight.T
+                            target = torch.softmax(found / cross, -1)
+                        rows.append(-(target * torch.log_softmax(dense[GLOBALS + v, b] / 0.1, -1)).sum())
+                searches.append(sum(rows) / len(rows))
+            terms["cross_search"] = sum(searches) / len(others)
+        result.append(terms)
+    return result
+
+
+@pytest.mark.parametrize("branches", [[VIT], [RESNET, VIT], [RESNET, VIT, THIRD]], ids=["solo", "pair", "three"])
+@pytest.mark.parametrize("epoch", [0, 1, 40])
+def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) -> None:
+    objective, built, views = build(branches)
+    expected = literal(objective, built, views, epoch)
+    losses = objective.losses(built, views, epoch)
+    for branch, loss, terms in zip(built, losses, expected, strict=True):
+        assert set(loss.terms) == set(terms)
+        for name, value in terms.items():
+            torch.testing.assert_close(loss.terms[name], value.detach(), rtol=1e-6, atol=0, msg=f"{branch.name}/{name}")
+        total = terms["self_mlp"] + terms["self_thead"]
+        if "cross_mlp" in terms:
+            total = total + branch.config.weight * (terms["cross_mlp"] + terms["cross_search"])
+        torch.testing.assert_close(loss.total, total, rtol=1e-6, atol=0)
+
+
+def test_gradients_reach_the_own_student_and_nothing_else() -> None:
+    objective, built, views = build([RESNET, VIT])
+    losses = objective.losses(built, views, 0)
+    losses[0].total.backward()
+    own = {name for name, p in built[0].student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    frozen = {"mlp_head.last_layer.gain"}  # not trained for this branch, by its configuration
+    assert {name for name, _ in built[0].student.named_parameters()} - own == frozen
+    for module in (built[0].teacher, built[1].student, built[1].teacher):
+        assert all(p.grad is None for p in module.parameters())
+
+
+def test_cross_terms_carry_no_gradient_into_the_other_branch() -> None:
+    objective, built, views = build([RESNET, VIT], objective__terms={"self_mlp": False, "self_thead": False})
+    losses = objective.losses(built, views, 0)
+    torch.autograd.backward([loss.total for loss in losses[1:]])
+    assert all(p.grad is None for p in built[0].student.parameters())
+    assert any(p.grad is not None for p in built[1].student.parameters())
+
+
+def test_queries_are_detached_and_mean_what_the_method_says() -> None:
+    _, (resnet, vit), views = build([RESNET, VIT])
+    with torch.no_grad():
+        features = resnet.student.backbone(views[1][0])
+        projected = resnet.student.t_head.project(features.tokens)
+        expected = projected.mean(dim=1)
+    out = resnet.student([views[0], views[1][:1]])
+    assert not out.queries.requires_grad
+    # BatchNorm in training mode: the same batch gives the same statistics
+    torch.testing.assert_close(out.queries[GLOBALS], expected)
+    vit_out = vit.student(views)
+    torch.testing.assert_close(vit_out.queries[0], vit.student.backbone(views[0].flatten(0, 1)).cls[:B].detach())
+
+
+def test_centers_move_after_use_towards_the_global_mean() -> None:
+    objective, built, views = build([RESNET, VIT])
+    before = objective.centers.clone()
+    objective.losses(built, views, 0)
+    assert torch.equal(objective.centers, before)
+    with torch.no_grad():
+        means = [built[i].teacher(views[:1]).mlp.logits().mean(dim=(0, 1)) for i in range(2)]
+    objective.commit()
+    for i in range(2):
+        torch.testing.assert_close(objective.centers[i, 0], 0.9 * before[i, 0] + 0.1 * means[i], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("term", ["self_mlp", "self_thead", "cross_mlp", "cross_search"])
+def test_a_term_that_is_off_does_not_enter_the_loss(term: str) -> None:
+    objective, built, views = build([RESNET, VIT])
+    everything = objective.losses(built, views, 0)[1]
+    objective, built, views = build([RESNET, VIT], objective__terms={term: False})
+    without = objective.losses(built, views, 0)[1]
+    weight = built[1].config.weight if term.startswith("cross") else 1.0
+    torch.testing.assert_close(without.total, everything.total - weight * everything.terms[term], rtol=1e-9, atol=0)
+
+
+def test_teacher_follows_by_moving_average_and_keeps_its_own_statistics() -> None:
+    _, (resnet, _), views = build([RESNET, VIT])
+    before = {name: p.clone() for name, p in resnet.teacher.named_parameters()}
+    statistics = {name: b.clone() for name, b in resnet.teacher.named_buffers()}
+    resnet.update_teacher(0.9)
+    student = dict(resnet.student.named_parameters())
+    for name, p in resnet.teacher.named_parameters():
+        torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * student[name])
+    assert all(torch.equal(b, statistics[name]) for name, b in resnet.teacher.named_buffers())
+    resnet.teacher(views[:1])
+    assert not torch.equal(resnet.teacher.backbone.net.bn1.running_mean, statistics["backbone.net.bn1.running_mean"])

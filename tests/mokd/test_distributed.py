@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.errors import UserError
+from mokd.distributed import Ranks, first_host, ranks_from_environment
+from mokd.workers import supervise
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_equal_one_process_with_the_whole_batch(ranks: int, tmp_path: Path) -> None:
+    """Parameters, EMA, centres and BatchNorm statistics, with CNN and ViT branches, to float64 accuracy."""
+    states = []
+    for count in (1, ranks):
+        output = tmp_path / f"{count}.safetensors"
+        assert supervise([sys.executable, "-m", "tests.programs.train_steps", str(output)], count) == 0
+        states.append(load_file(output))
+    whole, split = states
+    assert whole.keys() == split.keys()
+    assert sum("running_var" in key for key in whole) > 5
+    for key, value in whole.items():
+        # AdamW divides a gradient of zero, up to rounding, by its own size: that is where the tolerance goes
+        torch.testing.assert_close(split[key], value, rtol=1e-7, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_ranks_from_torchrun_slurm_and_nobody() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    assert ranks_from_environment({**torchrun, "MASTER_PORT": "7"}) == Ranks(3, 8, 1, 2, "a", 7)
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "7",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+        "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+        "SLURM_JOB_ID": "41",
+    }
+    assert ranks_from_environment(slurm) == Ranks(5, 7, 1, 2, "gpu07", 20041)
+    # the shell of `salloc` or a batch script is no rank
+    assert ranks_from_environment({"SLURM_JOB_ID": "41", "SLURM_PROCID": "0"}) == Ranks()
+    with pytest.raises(UserError, match="rank variables"):
+        ranks_from_environment({"RANK": "zero", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"), [("n1,n2", "n1"), ("n[1-4]", "n1"), ("rack2-gpu[010,012]", "rack2-gpu010"), ("single", "single")]
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_a_failing_rank_ends_the_others() -> None:
+    program = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(60)"
+    assert supervise([sys.executable, "-c", program], 3) == 7

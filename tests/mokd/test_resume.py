@@ -1,0 +1,86 @@
+"""A run that is interrupted and resumed equals, bit for bit, the one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mokd.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
+from mokd.workers import supervise, train_locally
+from tests.support import ROOT, tiny_config
+
+STEPS = 12  # 5 steps an epoch: the interruption after step 7 lies inside the second epoch
+
+
+def run_directory(path: Path, beton: Path, **changes: object) -> RunDirectory:
+    config = tiny_config(beton, **{"optim__max_steps": STEPS, "checkpoint__keep_last": 10, **changes})
+    return RunDirectory.create(path, config)
+
+
+def final_state(run: RunDirectory) -> dict[str, torch.Tensor]:
+    folder = run.checkpoints / f"step-{STEPS}"
+    return {f"{file.name}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("backend", ["ffcv", "torchvision"])
+def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
+    ranks: int, backend: str, beton: Path, tmp_path: Path
+) -> None:
+    if backend == "torchvision" and ranks == 2:
+        pytest.skip("the loaders are compared elsewhere; one world size is enough for the reference loader")
+    whole = run_directory(tmp_path / "whole", beton, data__backend=backend)
+    assert train_locally(whole.path, ranks) == EXIT_DONE
+    cut = run_directory(tmp_path / "cut", beton, data__backend=backend)
+    for stop_at in ("5", "7"):
+        program = [sys.executable, "-m", "tests.programs.train_until", str(cut.path), stop_at]
+        assert supervise(program, ranks) == EXIT_STOPPED
+        assert cut.read_status()["state"] == "stopped"
+        assert cut.read_status()["step"] == int(stop_at)
+    assert train_locally(cut.path, ranks) == EXIT_DONE
+    assert cut.read_status()["state"] == "done"
+
+    expected, found = final_state(whole), final_state(cut)
+    assert expected.keys() == found.keys()
+    parts = {key.split("/")[1].split(".")[0] for key in expected}
+    assert {"student", "teacher", "optimizer", "center"} <= parts
+    different = [key for key in expected if not torch.equal(expected[key], found[key])]
+    assert different == []
+    # the curves are the same too, every step once
+    losses = [[line for line in steps(run)] for run in (whole, cut)]
+    assert losses[0] == losses[1]
+
+
+def steps(run: RunDirectory) -> list[tuple[int, float]]:
+    records = map(json.loads, run.metrics_file.read_text().splitlines())
+    return [(r["step"], r["loss/vit/total"]) for r in records if "loss/vit/total" in r]
+
+
+def test_sigterm_stops_at_a_step_boundary_and_resume_finishes(beton: Path, tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", beton, optim__epochs=400, optim__max_steps=None)
+    command = [sys.executable, "-c", f"from mokd.workers import *; sys.exit(train_locally(Path({str(run.path)!r}), 2))"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    wait_for(lambda: run.metrics_file.exists() and len(run.metrics_file.read_text().splitlines()) > 3, process)
+    for _ in range(5):  # a storm of signals is one request
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_STOPPED
+    status = run.read_status()
+    assert status["state"] == "stopped"
+    assert (run.checkpoints / f"step-{status['step']}").is_dir()
+    assert (run.checkpoints / "latest").read_text().strip() == f"step-{status['step']}"
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, "ended too early"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)

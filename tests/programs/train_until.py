@@ -1,0 +1,32 @@
+"""Trains a run until a step and stops there as if a signal had come; the exit status is that of `mokd.train`.
+
+usage: python -m tests.programs.train_until RUN_DIRECTORY STEP
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mokd import train
+from mokd.run_directory import EXIT_DONE, EXIT_STOPPED
+from mokd.stopping import StopRequest
+from mokd.trainer import Trainer
+
+
+def main(directory: str, step: int) -> int:
+    stop = StopRequest()
+    original = Trainer._train_step
+
+    def counted(self: Trainer, *arguments: object) -> bool:
+        if self.step + 1 == step and self.ranks.rank == self.ranks.world_size - 1:
+            stop.request("the test asks the last rank only")
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    Trainer._train_step = counted  # type: ignore[method-assign]
+    outcome = train.run(Path(directory), stop)
+    return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,235 @@
+"""What the tests on real daemons share: clusters, runs, waiting, injecting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import schema
+from launcher.config import ClusterConfig
+from launcher.records import Records, checkpoint_step
+from launcher.status import FINAL, RunStatus, read_status
+from launcher.submit import create_run, submit
+from mokd.config import RunConfig
+from mokd.files import read_json
+from mokd.run_directory import RunDirectory
+from slurm.cluster import Cluster
+from slurm.config import Options
+
+ROOT = Path(__file__).resolve().parents[2]
+PAYLOAD = "tests.launcher.payload:run"
+IMAGES, BATCH = 64, 8
+
+
+def open_cluster() -> Cluster:
+    """The tests' own cluster, apart from the one of `make slurm-up`."""
+    return Cluster(Path(tempfile.gettempdir()) / f"mokd-slurm-{os.getuid()}")
+
+
+def options(**changes: Any) -> Options:
+    """The tests' cluster: like `make slurm-up`'s, on other ports and with less patience."""
+    return Options(**{"port": 18317, "kill_wait_seconds": 20, **changes})
+
+
+def make_images(folder: Path) -> Path:
+    """A small beton of generated pictures."""
+    from data_pipeline.convert import ConvertOptions, convert
+    from data_pipeline.synthetic import generate
+
+    generate(folder / "images", classes=4, per_class_train=IMAGES // 4, per_class_test=1, size_px=40)
+    convert([folder / "images" / "train"], folder / "train.beton", ConvertOptions(workers=1))
+    return folder / "train.beton"
+
+
+def config(beton: Path, name: str, *, epochs: int = 3, every: int = 4, **changes: Any) -> RunConfig:
+    """A pair small enough for a step to take a few hundredths of a second; 8 steps an epoch."""
+    optimizer = {"kind": "adamw", "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.04}
+    head = {"hidden": 32, "bottleneck": 16}
+    raw: dict[str, Any] = {
+        "name": name,
+        "objective": {"kind": "dino", "prototypes": 32, "t_head": {"width": 24, "depth": 1, "heads": 2}},
+        "data": {"train": str(beton), "workers": 1},
+        "views": {
+            "global_crops": {"count": 2, "size_px": 32, "area_scale": [0.4, 1.0], "blur_probability": [0.5]},
+            "local_crops": {"count": 2, "size_px": 16, "area_scale": [0.1, 0.4], "blur_probability": [0.2]},
+        },
+        "branches": [
+            {"name": "cnn", "backbone": "test_resnet", "mlp_head": head, "optimizer": optimizer},
+            {
+                "name": "vit",
+                "backbone": "test_vit",
+                "backbone_options": {"patch_size": 8},
+                "mlp_head": head,
+                "optimizer": optimizer,
+            },
+        ],
+        "optim": {"epochs": epochs, "global_batch": BATCH, "warmup_epochs": 1},
+        "parallel": {"threads_per_rank": 1, "timeout_seconds": 60.0},
+        "checkpoint": {"every_steps": every},
+        "logging": {"every_steps": 1},
+    }
+    return schema.validate(
+        RunConfig, schema.apply_overrides(raw, [f"{k}={json.dumps(v)}" for k, v in changes.items()]), name
+    )
+
+
+def cluster_config(**changes: Any) -> ClusterConfig:
+    """Two nodes, one rank each, unless told otherwise."""
+    base = {"nodes": 2, "time": "10", "signal_lead_seconds": 30, "environment": {"PYTHONPATH": str(ROOT)}}
+    return schema.validate(ClusterConfig, {**base, **changes}, "test")
+
+
+def train(configuration: RunConfig, root: Path, **cluster: Any) -> RunDirectory:
+    """Submits the real trainer."""
+    run = create_run(configuration, root)
+    submit(run, cluster_config(**cluster))
+    return run
+
+
+def pretend(root: Path, beton: Path, name: str, plan: dict[str, Any], **cluster: Any) -> RunDirectory:
+    """Submits the payload, which behaves like the trainer and costs nothing."""
+    run = create_run(config(beton, name), root)
+    (run.path / "payload.json").write_text(json.dumps(plan))
+    submit(run, cluster_config(**cluster), entry=PAYLOAD)
+    return run
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 90.0) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+
+
+def wait_until_final(run: RunDirectory, seconds: float = 180.0) -> RunStatus:
+    """The run's status once it will not change by itself any more."""
+    status: RunStatus = wait_for("the run's end", lambda: (s := read_status(run)).state in FINAL and s, seconds)
+    return status
+
+
+def wait_for_step(run: RunDirectory, step: int, attempt: int = 1, seconds: float = 120.0) -> int:
+    """Waits until an attempt has done `step` steps."""
+
+    def reached() -> int:
+        mark = run.read_status()
+        running = mark.get("state") == "running" and mark.get("attempt", 0) >= attempt
+        return int(mark.get("step", 0)) if running and mark.get("step", 0) >= step else 0
+
+    return int(wait_for(f"step {step} of attempt {attempt}", reached, seconds))
+
+
+def job_of(run: RunDirectory) -> str:
+    """The id of the run's job."""
+    launch = Records(run).last_launch()
+    assert launch is not None
+    assert launch.job_id
+    return launch.job_id
+
+
+def ranks(run: RunDirectory) -> dict[int, int]:
+    """Process ids of the run's living ranks."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        mine = b"submitit.core._submit" in command and str(run.jobs).encode() in command
+        if mine and b"srun" not in command and b"SLURM_PROCID" in environment and b"launcher.supervisor" not in command:
+            found[int(environment[b"SLURM_PROCID"])] = int(entry.name)
+    return found
+
+
+def weights(run: RunDirectory) -> str:
+    """A hash of everything trained, in the newest checkpoint."""
+    folder = run.checkpoints / f"step-{checkpoint_step(run)}"
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def logged_steps(run: RunDirectory) -> list[int]:
+    """The steps in metrics.jsonl, as they stand there."""
+    lines = run.metrics_file.read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def board_steps(run: RunDirectory) -> list[int]:
+    """The steps that TensorBoard shows for a loss, each as often as it shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [event.step for event in accumulator.Scalars("loss/cnn/total")]
+
+
+def losses(run: RunDirectory) -> dict[int, float]:
+    """The first branch's loss by step."""
+    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    return {record["step"]: record["loss/cnn/total"] for record in records if "loss/cnn/total" in record}
+
+
+def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
+    """Signals processes that may be gone already."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def logs(run: RunDirectory) -> str:
+    """Everything that the job has written, for a failing test's report."""
+    return "".join(f"--- {p.name}\n{p.read_text()[-3000:]}\n" for p in sorted(run.jobs.glob("*_log.*")))
+
+
+def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
+    """What an attempt registered when it started."""
+    return read_json(run.path / "attempts" / f"{attempt:04d}.json") or {}
+
+
+def lost_steps(run: RunDirectory) -> list[int]:
+    """Steps done twice after each restart: the last step an attempt showed, less the step its successor began with."""
+    text = "".join(path.read_text() for path in sorted(run.jobs.glob("*_0_log.err")))
+    attempts = re.split(r"^=== attempt \d+.*$", text, flags=re.MULTILINE)[1:]
+    reached, lost = 0, []
+    for index, part in enumerate(attempts):
+        resumed = re.search(r"resumed at step (\d+)", part)
+        shown = [int(step) for step in re.findall(r"^step (\d+)/", part, flags=re.MULTILINE)]
+        if not shown and not resumed:
+            continue  # ended before it began to train
+        if index:
+            lost.append(max(0, reached - (int(resumed[1]) if resumed else 0)))
+        reached = max(reached, *shown, 0)
+    return lost
+
+
+def children(cluster: Cluster, node: str) -> list[int]:
+    """Process ids of the slurmstepd of a node's steps; they outlive its slurmd."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if command.startswith("slurmstepd") and f"SLURM_CONF={cluster.conf}".encode() in environment:
+            parents = (entry / "fd").glob("*")
+            if any(f"spool-{node}/" in os.readlink(fd) for fd in parents if fd.is_symlink()) or f"spool-{node}" in str(
+                environment
+            ):
+                found.append(int(entry.name))
+    return found

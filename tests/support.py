@@ -1,0 +1,74 @@
+"""Small configurations and helpers that several tests share."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import schema
+from mokd.config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RESNET: dict[str, Any] = {
+    "name": "resnet",
+    "backbone": "resnet10t",
+    "backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False},
+    "weight": 1.0,
+    "mlp_head": {"hidden": 32, "bottleneck": 16, "train_gain": False},
+    "optimizer": {"kind": "sgd", "lr": 0.5, "min_lr": 0.001, "weight_decay": 1.0e-4},
+    "t_head_group": {"lr": 0.01, "min_lr": 1.0e-4, "weight_decay": [0.04, 0.4], "decay_all": True},
+    "teacher_temp_warmup_epochs": 3,
+}
+VIT: dict[str, Any] = {
+    "name": "vit",
+    "backbone": "vit_tiny_patch16_224",
+    "backbone_options": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "weight": 0.1,
+    "drop_path": 0.1,
+    "mlp_head": {"hidden": 32, "bottleneck": 16},
+    "optimizer": {"kind": "adamw", "lr": 3.0e-3, "min_lr": 1.0e-5, "weight_decay": [0.04, 0.4]},
+    "teacher_temp_warmup_epochs": 2,
+}
+THIRD: dict[str, Any] = {**VIT, "name": "vit_wide", "backbone_options": {**VIT["backbone_options"], "embed_dim": 36}}
+
+
+def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
+    """A configuration that trains two small networks in moments; `changes` are key paths with '__' for '.'."""
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "objective": {"kind": "dino", "prototypes": 40, "t_head": {"width": 24, "depth": 1, "heads": 2}},
+        "data": {"train": str(train), "workers": 1, "limit": 40},
+        "views": {
+            "global_crops": {"count": 2, "size_px": 32, "area_scale": [0.4, 1.0], "blur_probability": [0.5]},
+            "local_crops": {"count": 3, "size_px": 16, "area_scale": [0.1, 0.4], "blur_probability": [0.5]},
+        },
+        "branches": [RESNET, VIT],
+        "optim": {"epochs": 3, "global_batch": 8, "warmup_epochs": 1},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    raw = copy.deepcopy(raw)
+    for path, value in changes.items():
+        *above, key = path.split("__")
+        node = raw
+        for part in above:
+            node = node.setdefault(part, {})
+        node[key] = value
+    return raw
+
+
+def tiny_config(train: Path = Path("none.beton"), **changes: Any) -> RunConfig:
+    """The validated form of `tiny`."""
+    return schema.validate(RunConfig, tiny(train, **changes), "tiny")
+
+
+def mokd(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a user does."""
+    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
+    return subprocess.run(command, cwd=cwd or ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
