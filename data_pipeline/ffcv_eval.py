@@ -10,7 +10,7 @@ import torch
 from data_pipeline.batch import LabelledBatch
 from data_pipeline.errors import UserError
 from data_pipeline.eval_loader import EvalPlan, centre_geometry
-from data_pipeline.ffcv_loader import FfcvCuts
+from data_pipeline.ffcv_cuts import CutPlan, FfcvCuts
 from data_pipeline.native_library import Engine
 from data_pipeline.order import Int64Array
 from data_pipeline.samples import BetonSamples
@@ -32,15 +32,15 @@ def ffcv_eval_batches(plan: EvalPlan) -> Iterator[LabelledBatch]:
     cuts = FfcvCuts(beton, size, batch_size, engine, _AHEAD, _TIMEOUT_SECONDS)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (plan.mean, plan.std))
 
-    def geometry(ids: Int64Array) -> tuple[np.ndarray, np.ndarray]:
+    def centres(ids: Int64Array) -> CutPlan:
         boxes = centre_geometry(beton.widths[ids], beton.heights[ids], plan.resize_px, plan.crop_px)
-        return boxes, np.zeros((len(ids), 1), np.bool_)
+        return CutPlan(boxes, np.zeros((len(ids), 1), np.bool_), np.empty((len(ids), 0), np.uint8))
 
     try:
-        for step, packed in enumerate(cuts.batches(plan.ids, geometry)):
+        for step, packed in enumerate(cuts.batches(plan.ids, centres)):
             ids = plan.ids[step * batch_size : (step + 1) * batch_size]
-            pixels = torch.from_numpy(packed).view(len(ids), 3, plan.crop_px, plan.crop_px)
-            images = (pixels.float() / 255.0 - mean) / std  # a new tensor: the ring buffer goes on
+            pixels = torch.from_numpy(packed.crops).view(len(ids), 3, plan.crop_px, plan.crop_px)
+            images = (pixels.float() / 255.0 - mean) / std  # new memory: the ring goes on
             yield LabelledBatch(images, torch.from_numpy(ids.copy()), torch.from_numpy(beton.labels[ids].copy()))
     finally:
         cuts.close()

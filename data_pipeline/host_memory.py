@@ -51,22 +51,20 @@ class Ring:
 
 
 class Recycler:
-    """Tensors on the CPU whose memory is used again once nobody holds the tensor, or anything that shares its memory."""
+    """Tensors on the CPU whose memory is used again once nobody holds them, or anything that shares their memory."""
 
     def __init__(self, keep: int = 4) -> None:
-        self._free: deque[NDArray[np.uint8]] = deque(maxlen=keep)
+        self._keep = keep
+        self._free: dict[int, deque[NDArray[np.uint8]]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
-        memory = next((free for free in list(self._free) if free.nbytes == size), None)
-        if memory is None:
-            memory = np.empty(size, np.uint8)
-        else:
-            self._free.remove(memory)
+        free = self._free.setdefault(size, deque(maxlen=self._keep))
+        memory = free.pop() if free else np.empty(size, np.uint8)
         # the storage of the tensor holds `lent` and nothing else does: it dies with the last tensor on that storage
         lent = memory[:]
-        weakref.finalize(lent, self._free.append, memory).atexit = False
+        weakref.finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent).view(dtype).view(shape)
 
 

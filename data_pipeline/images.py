@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_pipeline import native_library
 from data_pipeline.beton import CHECKSUM_BYTES, MAX_SIDE, MODE_JPEG, MODE_RAW
 
 Mode = Literal["original", "jpg", "raw"]
@@ -21,6 +22,7 @@ PAGE_SIZE = 8 << 20
 SMALL_RAW_BYTES = 64 << 10
 
 _ORIENTATION = 0x0112
+_MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 1 << 27
 
 
 class Unusable(Exception):
@@ -45,6 +47,12 @@ def encode(path: Path, mode: Mode, max_resolution: int | None, quality: int) -> 
         raise Unusable(f"cannot be read: {error.strerror}") from None
     if not content:
         raise Unusable("empty file")
+    if (
+        mode == "original"
+        and (size := _plain_jpeg(content))
+        and (max_resolution is None or max(size) <= max_resolution)
+    ):
+        return Encoded(MODE_JPEG, *size, content)
     image = decode(content)
     longest = max(image.size)
     shrink = max_resolution is not None and longest > max_resolution
@@ -96,6 +104,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise Unusable("floating-point pixels")
     return image.convert("RGB")
+
+
+def _plain_jpeg(content: bytes) -> tuple[int, int] | None:
+    """The size of a JPEG that is beyond doubt, read to its end; all others are for Pillow to judge."""
+    if not native_library.available() or not _is_jpeg(content) or len(content) + CHECKSUM_BYTES > PAGE_SIZE:
+        return None
+    size = native_library.plain_jpeg_size(content)
+    return size if size and size[0] * size[1] <= _MAX_PIXELS else None
 
 
 def _is_jpeg(content: bytes) -> bool:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
 
+KERNEL_TAPS = 16  # of a blur: the centre and distances 1 .. 15
+
 # Photometric of native/kernels.h
 PHOTOMETRIC = np.dtype(
     [
@@ -21,7 +23,7 @@ PHOTOMETRIC = np.dtype(
         ("jitter", "<i4"),
         ("grey", "<i4"),
         ("solarize", "<i4"),
-        ("kernel", "<f4", 16),
+        ("kernel", "<f4", KERNEL_TAPS),
         ("taps", "<i4"),
     ]
 )
@@ -50,6 +52,7 @@ def available() -> bool:
     return _file() is not None
 
 
+@cache
 def _file() -> Path | None:
     here = Path(__file__).parent
     return next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").exists()), None)

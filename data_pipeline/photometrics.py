@@ -1,10 +1,14 @@
 """From packed uint8 crops and draws to normalised views: colour jitter, grey, blur, solarise, normalise.
 
 Definitions are torchvision's and Pillow's. Pillow rounds to 8 bits after every operation and torchvision's hue goes
-through 8-bit HSV; here everything stays in floating point, and that is the whole difference.
+through 8-bit HSV; here everything stays in floating point, and that is the whole difference. Three implementations
+share the parameters: the native library (CPU), `photometrics_triton` (GPU), and plain torch (any device, and the one
+to read first).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +18,21 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from data_pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, view_sizes
 from data_pipeline.errors import UserError
-from data_pipeline.native_library import PHOTOMETRIC, Engine
+from data_pipeline.host_memory import Packed, Recycler
+from data_pipeline.native_library import KERNEL_TAPS, PHOTOMETRIC, Engine
 
-KERNEL_TAPS = 16  # the centre and distances 1 .. 15
 MAX_BLUR_RADIUS = 5.0  # what Pillow's three boxes reach with it stays within the taps
 
 _GREY = (0.299, 0.587, 0.114)
+_KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def check_views(views: ViewsConfig) -> None:
+    """Raises UserError for a blur that no implementation reaches."""
+    if views.blur_radius_px[1] > MAX_BLUR_RADIUS:
+        raise UserError(
+            f"views.blur_radius_px: given {views.blur_radius_px[1]:g}, expected at most {MAX_BLUR_RADIUS:g}"
+        )
 
 
 def blur_kernels(radius: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -41,83 +54,80 @@ def blur_kernels(radius: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(np.maximum(kernel[..., 3 * reach : 3 * reach + KERNEL_TAPS], 0.0), np.float32)
 
 
-def pack_parameters(draws: ViewDraws) -> NDArray[np.void]:
-    """The colour part of the draws in the layout of the native library: PHOTOMETRIC `[B, V]`."""
+def pack_parameters(draws: ViewDraws) -> NDArray[Any]:
+    """The colour part of the draws in the layout that all implementations read: PHOTOMETRIC `[B, V]`."""
     packed = np.zeros(draws.flip.shape, PHOTOMETRIC)
     packed["order"], packed["factor"] = draws.order, draws.factor
     packed["jitter"], packed["grey"], packed["solarize"] = draws.jitter, draws.grey, draws.solarize
-    kernels = blur_kernels(draws.blur)
-    packed["kernel"] = kernels
+    blurred = draws.blur > 0
+    kernels = blur_kernels(draws.blur[blurred])
+    packed["kernel"][blurred] = kernels
     # taps that weigh less than rounding to 8 bits can show are not worth their time
-    packed["taps"] = np.where(draws.blur > 0, (kernels > 1e-5).sum(-1), 0)
+    packed["taps"][blurred] = (kernels > 1e-5).sum(-1)
     return packed
 
 
-class Photometrics:
-    """The colour changes of a batch: on the CPU by the native library, elsewhere by torch."""
+class CpuPhotometrics:
+    """The colour changes of a batch on the CPU, by the threads of the native library."""
 
-    def __init__(self, views: ViewsConfig, device: torch.device, dtype: torch.dtype, engine: Engine) -> None:
-        if views.blur_radius_px[1] > MAX_BLUR_RADIUS:
-            raise UserError(
-                f"views.blur_radius_px: given {views.blur_radius_px[1]:g}, expected at most {MAX_BLUR_RADIUS:g}"
-            )
-        self._views, self._device, self._dtype, self._engine = views, device, dtype, engine
-        self._sizes = view_sizes(views)
+    def __init__(self, views: ViewsConfig, dtype: torch.dtype, engine: Engine) -> None:
+        if dtype not in _KINDS:
+            raise UserError(f"precision: {dtype} views are not made; expected one of {', '.join(_KINDS.values())}")
+        self._views, self._dtype, self._engine = views, dtype, engine
+        self._sizes, self._memory = view_sizes(views), Recycler()
 
-    def __call__(self, packed: NDArray[np.uint8], draws: ViewDraws) -> tuple[Tensor, ...]:
-        """packed: uint8 `[B, sum 3 S_v^2]`, views planar. Returns one `[V_g, B, 3, S_g, S_g]` per group of views."""
-        if self._device.type == "cpu":
-            return self._on_cpu(packed, draws)
-        # copied before it is handed on: the packed batch is a slot of a ring buffer
-        on_device = torch.from_numpy(packed).to(self._device)
-        return photometrics_torch(on_device, self._views, draws, self._dtype)
-
-    def _on_cpu(self, packed: NDArray[np.uint8], draws: ViewDraws) -> tuple[Tensor, ...]:
-        outs: list[Tensor] = []
+    def __call__(self, packed: Packed) -> tuple[Tensor, ...]:
+        """One `[V_g, B, 3, S_g, S_g]` per group of views. Their memory is the caller's until it lets go of them."""
+        views, outs = self._views, []
         addresses: list[int] = []
-        for group in self._views.groups:
+        for group in views.groups:
             size = group.size_px
-            out = torch.empty(group.count, len(packed), 3, size, size)
+            out = self._memory.empty((group.count, len(packed.crops), 3, size, size), self._dtype)
             outs.append(out)
             addresses += [out[v].data_ptr() for v in range(group.count)]
-        views, parameters = self._views, pack_parameters(draws)
-        threshold = float(views.solarize_threshold)
-        self._engine.photometrics(packed, self._sizes, parameters, threshold, views.mean, views.std, addresses)
-        return tuple(out.to(self._dtype) for out in outs)
+        parameters = packed.parameters.view(PHOTOMETRIC)
+        common = (float(views.solarize_threshold), views.mean, views.std)
+        self._engine.photometrics(packed.crops, self._sizes, parameters, *common, addresses, _KINDS[self._dtype])
+        return tuple(outs)
 
 
-def photometrics_torch(packed: Tensor, views: ViewsConfig, draws: ViewDraws, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The same in torch, on the device of `packed`: operations on the whole batch, chosen per view by its draws."""
+def photometrics_torch(
+    crops: Tensor, views: ViewsConfig, parameters: NDArray[Any], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The same in torch, on the device of `crops`: operations on the whole batch, chosen per view by its draws.
+
+    crops: uint8 `[B, sum 3 S_v^2]`. parameters: PHOTOMETRIC `[B, V]`.
+    """
     outs: list[Tensor] = []
     start, first = 0, 0
     for group in views.groups:
-        size, n = group.size_px, len(packed)
+        size, n = group.size_px, len(crops)
         end = start + group.count * 3 * size * size
-        x = packed[:, start:end].reshape(n, group.count, 3, size, size).float()
-        x = _change_colours(x, views, draws, slice(first, first + group.count))
+        x = crops[:, start:end].reshape(n, group.count, 3, size, size).float()
+        x = _change_colours(x, views, parameters[:, first : first + group.count])
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (views.mean, views.std))
         outs.append(((x / 255.0 - mean) / std).transpose(0, 1).contiguous().to(dtype))
         start, first = end, first + group.count
     return tuple(outs)
 
 
-def _change_colours(x: Tensor, views: ViewsConfig, draws: ViewDraws, part: slice) -> Tensor:
+def _change_colours(x: Tensor, views: ViewsConfig, p: NDArray[Any]) -> Tensor:
     """x: `[B, V, 3, S, S]` in 0..255."""
 
-    def column(values: NDArray[np.generic]) -> Tensor:
+    def column(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(x.device)[..., None, None, None]
 
-    order = draws.order[:, part]
     for step in range(4):
         for operation, change in _CHANGES.items():
-            chosen = draws.jitter[:, part] & (order[..., step] == operation)
+            chosen = (p["jitter"] > 0) & (p["order"][..., step] == operation)
             if chosen.any():
-                x = torch.where(column(chosen), change(x, column(draws.factor[:, part, operation])), x)
-    x = torch.where(column(draws.grey[:, part]), _grey(x).expand_as(x), x)
-    radius = draws.blur[:, part]
-    if (radius > 0).any():
-        x = torch.where(column(radius > 0), _blur(x, torch.from_numpy(blur_kernels(radius)).to(x.device)), x)
-    return torch.where(column(draws.solarize[:, part]) & (x >= views.solarize_threshold), 255.0 - x, x)
+                x = torch.where(column(chosen), change(x, column(p["factor"][..., operation])), x)
+    x = torch.where(column(p["grey"] > 0), _grey(x).expand_as(x), x)
+    blurred = p["taps"] > 0
+    if blurred.any():
+        kernels = torch.from_numpy(np.ascontiguousarray(p["kernel"])).to(x.device)
+        x = torch.where(column(blurred), _blur(x, kernels), x)
+    return torch.where(column(p["solarize"] > 0) & (x >= views.solarize_threshold), 255.0 - x, x)
 
 
 def _grey(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ def convert(
     seed: Annotated[int, typer.Option(help="chooses the subset")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="an image that cannot be used is an error")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing beton")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue where the same conversion was killed")] = False,
     workers: Annotated[int | None, typer.Option(help="default: the cores of this process")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -44,10 +45,11 @@ def convert(
         seed=seed,
         strict=strict,
         overwrite=overwrite,
+        resume=resume,
         workers=workers,
     )
     with progress_bar("convert") as progress:
-        report = run(sources[:-1], sources[-1], options, progress)
+        report = run(sources[:-1], sources[-1], options, progress, _announce)
     if as_json:
         print_json(asdict(report))
         return
@@ -58,6 +60,23 @@ def convert(
         f"{report.output}: {report.written} images, {len(report.skipped)} skipped, {report.bytes / 1e6:.1f} MB, "
         f"{report.seconds:.1f} s ({rate:.0f} images/s)"
     )
+
+
+def _announce(forecast: Any) -> None:
+    size, free = (
+        f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+        for size in (forecast.bytes, forecast.free_bytes)
+    )
+    messages.print(
+        f"convert: {forecast.images} images, about {size} and {_duration(forecast.seconds)} with {forecast.workers} "
+        f"workers; the disk has {free} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def verify(

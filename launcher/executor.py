@@ -33,10 +33,17 @@ SETUP = [
 ]
 TEARDOWN = [
     "rc=$?",
-    "# 0, 2 and 3 are the supervisor's own judgement; anything else means that it could not do its work",
-    f'case "$rc" in 0|2|3) ;; *) if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {BARE_RETRIES} ]; then',
-    '  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
-    "fi ;; esac",
+    "# 0, 2 and 3 are the supervisor's own judgement; 138, 140, 143: a signal came before it had handlers;",
+    "# anything else means that it could not do its work",
+    'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
+    'case "$rc" in',
+    "  0|2|3) again=no ;;",
+    "  138|140|143) again=yes ;;",
+    f'  *) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {BARE_RETRIES} ] && again=yes ;;',
+    "esac",
+    'if [ "$again" = yes ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
+    '  scontrol requeue "$job"',
+    "fi",
     "exit $rc",
 ]
 

@@ -13,7 +13,10 @@ from launcher.records import Ending, Verdict
 
 # endings of these kinds are nobody's fault: they never count as failures
 BLAMELESS = frozenset({"signal", "preempted", "time limit", "requeued", "node lost", "lost"})
-_ASKED = re.compile(r"SIG(TERM|USR1|USR2|INT)|Terminated|User defined signal|another rank was asked")
+_NAMED = {"PREEMPTION": "preempted", "JOB REQUEUE": "requeued", "TIME LIMIT": "time limit"}
+# srun's words for a task that ended because it was asked to; status 75 is a rank that was asked while starting up
+_ASKED = re.compile(r"Terminated|User defined signal|Interrupt|exit code 75$")
+_EXITED = re.compile(r"Exited with exit code")
 
 
 @dataclass(frozen=True)
@@ -91,54 +94,46 @@ def _what_happened(facts: Facts, cluster: ClusterConfig) -> Judgement:
         return Judgement("cancelled", "cancelled", "the job was cancelled")
     if facts.hang:
         return Judgement("requeued", "failure", facts.hang)
-    asked = _asked_to_stop(facts)
-    if facts.mark.get("state") == "stopped" or asked:
-        kind = _kind_of_stop(facts, cluster)
-        detail = facts.mark.get("reason") or asked or "asked to stop"
-        return Judgement("requeued", kind, f"{kind} ({detail})" if detail not in kind else kind)
-    mistakes = [failure for failure in facts.rank_failures if failure.get("user_error")]
-    if mistakes:
-        return Judgement("failed", "user error", str(mistakes[0]["message"]))
+    if facts.cause in _NAMED:
+        return _stop(facts, cluster)
     if facts.cause == "NODE FAILURE":
         return Judgement("requeued", "node lost", "a node failed")
-    return _failure(facts)
+    mistakes = [failure for failure in facts.rank_failures if failure["user_error"]]
+    if mistakes:
+        return Judgement("failed", "user error", str(mistakes[0]["message"]))
+    # a rank's own fault comes before a stop: the others are asked to stop because of it
+    return _failure(facts) or _stop(facts, cluster)
 
 
-def _asked_to_stop(facts: Facts) -> str | None:
-    """The signal by which the ranks were asked to leave, when nothing speaks of a fault of their own."""
-    if facts.mark.get("state") == "failed" or facts.rank_failures:
-        return None
-    if facts.cause in ("PREEMPTION", "JOB REQUEUE", "TIME LIMIT"):
-        return facts.cause.lower()
+def _stop(facts: Facts, cluster: ClusterConfig) -> Judgement:
     first = facts.task_errors[0].what if facts.task_errors else ""
-    if _ASKED.search(first):
-        return first  # it came before the rank had its handlers
-    return facts.signals[0] if facts.signals else None
+    asked = facts.mark.get("reason") if facts.mark.get("state") == "stopped" else None
+    # a rank without handlers yet dies of the signal that asks it to leave
+    asked = asked or (facts.signals[0] if facts.signals else None) or (first if _ASKED.search(first) else None)
+    if asked is None and facts.cause is None:
+        reason = f"srun left with status {facts.exit_code} and no rank said why"
+        return Judgement("requeued", "failure", reason)
+    kind = _kind_of_stop(facts, cluster)
+    return Judgement("requeued", kind, f"{kind} ({asked})" if asked else kind)
 
 
 def _kind_of_stop(facts: Facts, cluster: ClusterConfig) -> str:
-    named = {"PREEMPTION": "preempted", "JOB REQUEUE": "requeued", "TIME LIMIT": "time limit"}
-    if facts.cause in named:
-        return named[facts.cause]
+    if facts.cause in _NAMED:
+        return _NAMED[facts.cause]
     # SLURM may send the warning up to a minute early
-    near = cluster.signal_lead_seconds + 60.0
-    if facts.seconds_left <= near:
-        return "time limit"
-    return "signal"
+    return "time limit" if facts.seconds_left <= cluster.signal_lead_seconds + 60.0 else "signal"
 
 
-def _failure(facts: Facts) -> Judgement:
-    failures = list(facts.rank_failures)
-    killed = next((e for e in facts.task_errors if "Killed" in e.what or "signal" in e.what.lower()), None)
-    if killed is not None and (not failures or facts.task_errors[0] is killed):
-        reason = f"rank {killed.task} on {killed.node}: {killed.what}"
-        return Judgement("requeued", "failure", reason, [killed.node])
-    if failures:
-        # the earliest that is not the mere echo of another rank's end
-        first = next((failure for failure in failures if not failure["secondary"]), failures[0])
-        reason = f"rank {first['rank']} on {first['node']}: {first['message']}"
-        return Judgement("requeued", "failure", reason, [str(first["node"])])
-    if facts.task_errors:
-        error = facts.task_errors[0]
-        return Judgement("requeued", "failure", f"rank {error.task} on {error.node}: {error.what}", [error.node])
-    return Judgement("requeued", "failure", f"srun left with status {facts.exit_code} and no rank said why")
+def _failure(facts: Facts) -> Judgement | None:
+    """The fault of a rank, if there was one, with the node where it happened."""
+    first = facts.task_errors[0] if facts.task_errors else None
+    own = next((failure for failure in facts.rank_failures if not failure["secondary"]), None)
+    killed = first is not None and not _EXITED.search(first.what) and not _ASKED.search(first.what)
+    if own is None and not killed and facts.rank_failures:
+        own = facts.rank_failures[0]
+    if own is not None and not killed:
+        reason = f"rank {own['rank']} on {own['node']}: {own['message']}"
+        return Judgement("requeued", "failure", reason, [str(own["node"])])
+    if first is None or _ASKED.search(first.what):
+        return None
+    return Judgement("requeued", "failure", f"rank {first.task} on {first.node}: {first.what}", [first.node])

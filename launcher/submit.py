@@ -179,9 +179,7 @@ def cancel(run: RunDirectory) -> str:
 def _prepare(run: RunDirectory, new_code: bool) -> str:
     last: Launch | None = Records(run).last_launch()
     if last is not None and current_job(last) is not None:
-        raise UserError(
-            f"{run.path}: job {last.job_id} of this run is still there; cancel it with: mokd cancel {run.path}"
-        )
+        raise UserError(f"{run.path}: job {last.job_id} is still at work on it; to end it: mokd cancel {run.path}")
     make_private(run.path)
     make_private(run.jobs)
     code = run.path / "code"

@@ -17,12 +17,13 @@ from mokd.optim import BranchOptimizer
 class BranchLoss:
     """What an objective says of a branch after a forward pass.
 
-    total: the scalar to differentiate; terms: every loss term by itself, detached; monitors: further scalars to log.
+    total: the scalar to differentiate; terms: every loss term by itself, detached; monitors: gives further scalars
+    to log, computed only at the steps that are logged.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
-    monitors: dict[str, Tensor]
+    monitors: Callable[[], dict[str, Tensor]]
 
 
 class Branch:

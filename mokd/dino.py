@@ -61,14 +61,13 @@ class DinoObjective:
                 )
                 found = self._search(i, branches, students[i], teachers, cross)
             others = [p for j, p in enumerate(offered) if j != i and p is not None]
-            result.append(self._branch_loss(branch, students[i], self_mlp, self_thead, others, found))
-            monitors = {"teacher_entropy": entropy(self_mlp), "center_norm": self.centers[i].norm()}
-            result[-1].monitors.update(monitors, **feature_monitors(students[i].pooled))
+            result.append(self._branch_loss(branch, i, students[i], self_mlp, self_thead, others, found))
         return result
 
     def _branch_loss(
         self,
         branch: Branch,
+        i: int,
         student: NetworkOutput,
         self_mlp: Tensor,
         self_thead: Tensor,
@@ -92,7 +91,16 @@ class DinoObjective:
             total = total + loss
             terms.update(zip((name for name, _ in targets), values, strict=True))
         assert isinstance(total, Tensor)
-        return BranchLoss(total, terms, {})
+        pooled, center = student.pooled.detach(), self.centers[i]
+
+        def monitors() -> dict[str, Tensor]:
+            return {
+                "teacher_entropy": entropy(self_mlp),
+                "center_norm": center.norm(),
+                **feature_monitors(pooled),
+            }
+
+        return BranchLoss(total, terms, monitors)
 
     def _head_loss(self, output: HeadOutput, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         return distillation_loss(output.logits(), targets, self.config.student_temp)

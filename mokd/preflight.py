@@ -39,10 +39,18 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_networks(config: RunConfig) -> None:
-    from mokd.backbones import measure_shapes  # torch and timm are imported only after the cheap checks
+    from mokd.backbones import (
+        build_backbone,
+        load_weights,
+        measure_shapes,
+    )  # torch and timm are imported only after the cheap checks
 
     sizes = [group.size_px for group in config.views.groups]
     if config.evaluation.every_epochs:
         sizes.append(config.evaluation.crop_px)
     for branch in config.branches:
-        measure_shapes(branch, config.views.global_crops.size_px, sizes)
+        global_px = config.views.global_crops.size_px
+        measure_shapes(branch, global_px, sizes)
+        if branch.init is not None:
+            backbone = build_backbone(branch, global_px, drop_path=0.0, images_per_rank=1)
+            load_weights(backbone, branch.init, f"branches.{branch.name}")

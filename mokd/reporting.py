@@ -68,7 +68,7 @@ class Reporter:
             values[f"loss/{branch.name}/total"] = float(loss.total.detach())
             values.update({f"loss/{branch.name}/{term}": float(value) for term, value in loss.terms.items()})
             values[f"lr/{branch.name}"] = rate
-            values.update({f"{name}/{branch.name}": float(value) for name, value in loss.monitors.items()})
+            values.update({f"{name}/{branch.name}": float(value) for name, value in loss.monitors().items()})
         self._metrics.write(values)
         self._progress.update(step, values)
         self._status(epoch=epoch, images_per_second=values["images_per_second"])

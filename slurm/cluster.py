@@ -168,6 +168,13 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
+    def ask(self, *command: str) -> str:
+        """What a SLURM command says, whether it succeeds or not."""
+        try:
+            return self.run(*command)
+        except ClusterError as error:
+            return str(error)
+
     def pid(self, name: str) -> int:
         """The process id of a running daemon."""
         return self._recorded()[name][0]

@@ -71,4 +71,6 @@ def mokd(*arguments: str | Path, cwd: Path | None = None, **environment: str) ->
     """Runs the command line as a user does."""
     command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
-    return subprocess.run(command, cwd=cwd or ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=cwd or ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False
+    )

@@ -105,7 +105,7 @@ def test_zombie_attempt(cluster: Cluster, beton: Path, tmp_path: Path, record_pr
         wait_for("the leftovers to go", lambda: not any(Path(f"/proc/{pid}").exists() for pid in old.values()), 60.0)
         status = wait_until_final(run)
         assert status.state == "done", logs(run)
-        assert status.restarts[0]["kind"] == "lost"
+        assert status.restarts[0]["kind"] in ("lost", "node lost")
         record_property("lost", "<= K")
     finally:
         kill(old.values())
@@ -141,13 +141,14 @@ def test_bad_node(cluster: Cluster, beton: Path, tmp_path: Path, record_property
     run = pretend(tmp_path, beton, "bad-node", {"steps": 20, "bad_node": "n2"})
     status = wait_until_final(run)
     assert status.state == "done", logs(run)
-    endings = Records(run).endings()
+    endings = wait_for("the last word", lambda: len(found := Records(run).endings()) == 3 and found)
     assert [ending.blamed for ending in endings] == [["n2"], ["n2"], []]
     assert [ending.nodes for ending in endings] == ["n[1-2]", "n[1-2]", "n[1,3]"]
     record_property("restarts", 2)
 
 
 @pytest.mark.fault(13)
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     run = pretend(tmp_path, beton, "orphan", {"steps": 400, "step_seconds": 0.1, "every": 100000})

@@ -15,7 +15,9 @@ from tests.support import RESNET, THIRD, VIT, tiny_config
 B, GLOBALS, LOCALS = 3, 2, 3
 
 
-def build(branches: Sequence[dict], epochs: int = 0, **changes: object) -> tuple[DinoObjective, list[Branch], list[Tensor]]:
+def build(
+    branches: Sequence[dict], epochs: int = 0, **changes: object
+) -> tuple[DinoObjective, list[Branch], list[Tensor]]:
     config = tiny_config(branches=[{**b, "drop_path": 0.0} for b in branches], **changes)
     torch.manual_seed(5)
     objective = DinoObjective(config.objective, config.views, [b.name for b in config.branches], torch.device("cpu"))
@@ -54,7 +56,9 @@ def paired(teacher: Tensor, student: Tensor, center: Tensor, temp: float) -> Ten
     return sum(losses) / len(losses)
 
 
-def literal(objective: DinoObjective, branches: list[Branch], views: list[Tensor], epoch: int) -> list[dict[str, Tensor]]:
+def literal(
+    objective: DinoObjective, branches: list[Branch], views: list[Tensor], epoch: int
+) -> list[dict[str, Tensor]]:
     students = [b.student(views) for b in branches]
     with torch.no_grad():
         teachers = [b.teacher(views[:1]) for b in branches]

@@ -11,7 +11,9 @@ from mokd.losses import Target, distillation_loss, entropy, teacher_probabilitie
 torch.set_default_dtype(torch.float32)
 
 
-def literal_paired(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: float, student_temp: float) -> Tensor:
+def literal_paired(
+    student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: float, student_temp: float
+) -> Tensor:
     """H(teacher, student) of the method, one pair of views, one image, one prototype at a time."""
     views, batch, prototypes = student.shape
     pair_means = []

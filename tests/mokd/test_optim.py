@@ -25,7 +25,7 @@ def parts() -> tuple:
 
 
 def test_every_trained_parameter_is_in_the_group_the_method_says(parts: tuple) -> None:
-    config, branches = parts
+    _, branches = parts
     for branch in branches:
         placed = {}
         for group in branch.optimizer.torch.param_groups:
@@ -44,7 +44,7 @@ def test_every_trained_parameter_is_in_the_group_the_method_says(parts: tuple) -
 
 
 def test_rates_scale_with_the_batch_and_the_last_does_not(parts: tuple) -> None:
-    config, branches = parts
+    _, branches = parts
     optimizer = branches[0].optimizer
     for step in (0, 3, 7, 15):
         optimizer.schedule(step)

@@ -1,0 +1,58 @@
+"""`mokd bench ...`: the benchmarks of the checkout."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.errors import UserError
+from launcher.console import messages, print_json, print_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+bench = typer.Typer(help="Measure this machine: loaders, conversion.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `mokd bench`."""
+    app.add_typer(bench, name="bench")
+
+
+def benchmark_module(name: str) -> Any:
+    """A module of `benchmarks/`, which is part of a checkout and not of an installed package."""
+    if not (ROOT / "benchmarks").is_dir():
+        raise UserError("bench: the benchmarks are part of the source checkout; install from it with make setup")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+@bench.command(epilog="Example: mokd bench data --images imagenet/val --json")
+def data(
+    images: Annotated[Path, typer.Option(help="folder of JPEGs to measure with")] = Path(".data/imagenet_sample"),
+    quick: Annotated[bool, typer.Option("--quick", help="one short round: does it run?")] = False,
+    record: Annotated[bool, typer.Option("--record", help="keep figures and plot in benchmarks/")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Loaders and converters against torchvision with Pillow and FFCV's writer, on the same images."""
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder; choose the pictures with --images FOLDER")
+    benchmark = benchmark_module("data")
+    effort = benchmark.QUICK if quick else benchmark.Effort()
+    result = benchmark.run(images, effort, lambda line: messages.print(line, markup=False))
+    if record:
+        folder = ROOT / "benchmarks"
+        (folder / "results").mkdir(exist_ok=True)
+        (folder / "results" / "data.json").write_text(json.dumps(result, indent=1) + "\n")
+        benchmark_module("data_plot").plot(result, folder / "data.png")
+    if as_json:
+        print_json(result)
+        return
+    rates = [[name, f"{rate:,.0f}"] for name, rate in result["images_per_second"].items()]
+    print_table("images per second", ["contender", "median"], rates)
+    print_table("ratios", ["what", "times"], [[name, f"{ratio:.2f}"] for name, ratio in result["ratios"].items()])

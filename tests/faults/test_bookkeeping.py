@@ -1,0 +1,179 @@
+"""Faults 14 and 20, and further ones that were found on the way: what a run's owner sees, and what he may do to it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import UserError
+from launcher.records import Records
+from launcher.status import read_status
+from launcher.submit import cancel, submit
+from mokd.run_directory import RunDirectory
+from slurm.cluster import Cluster
+from tests.slurm.harness import (
+    PAYLOAD,
+    cluster_config,
+    config,
+    job_of,
+    kill,
+    logged_steps,
+    logs,
+    losses,
+    pretend,
+    ranks,
+    train,
+    wait_for,
+    wait_for_step,
+    wait_until_final,
+)
+
+pytestmark = pytest.mark.slurm
+Start = Callable[..., Cluster]
+Record = Callable[[str, Any], None]
+LONG = {"steps": 100000, "step_seconds": 0.1, "every": 10}
+
+
+def seen_within_five_seconds(run: RunDirectory, state: str) -> float:
+    began = time.monotonic()
+    wait_for(state, lambda: read_status(run).state == state, 5.0)
+    return round(time.monotonic() - began, 1)
+
+
+@pytest.mark.fault(14)
+@pytest.mark.timeout(200)
+def test_cancelled_without_accounting(
+    start_cluster: Start, beton: Path, tmp_path: Path, record_property: Record
+) -> None:
+    cluster = start_cluster(min_job_age_seconds=2)
+    with pytest.raises(Exception, match="sacct"):
+        cluster.run("sacct")  # there is no accounting here
+    run = pretend(tmp_path, beton, "cancelled", LONG)
+    assert read_status(run).state in ("pending", "starting")
+    wait_for_step(run, 3)
+    assert read_status(run).state == "running"
+    cluster.run("scancel", job_of(run))
+    record_property("seen_seconds", seen_within_five_seconds(run, "cancelled"))
+    assert not ranks(run)
+    waiting = pretend(tmp_path, beton, "waiting", LONG, sbatch={"begin": "now+1hour"})
+    assert seen_within_five_seconds(waiting, "pending") < 5.0
+    cluster.run("scancel", job_of(waiting))
+    seen_within_five_seconds(waiting, "cancelled")
+    for job in (job_of(run), job_of(waiting)):
+        wait_for("SLURM to forget", lambda job=job: "Invalid" in cluster.ask("scontrol", "show", "job", job), 60.0)
+    assert read_status(run).state == read_status(waiting).state == "cancelled"
+
+
+@pytest.mark.timeout(200)
+def test_cancel_saves_and_resume_continues(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
+    run = pretend(tmp_path, beton, "pause", {"steps": 60, "step_seconds": 0.1, "every": 100000})
+    wait_for_step(run, 5)
+    with pytest.raises(UserError, match="still at work"):
+        submit(run, cluster_config(), entry=PAYLOAD)  # two jobs on one run directory
+    cancel(run)
+    seen_within_five_seconds(run, "cancelled")
+    saved = wait_for("the save", lambda: read_status(run).checkpoint_step)
+    assert saved >= 5
+    wait_for("the job to go", lambda: not ranks(run))
+    submit(run, cluster_config(nodes=3), entry=PAYLOAD)
+    status = wait_until_final(run)
+    assert (status.state, status.attempt) == ("done", 2), logs(run)
+
+
+@pytest.mark.fault("storm")
+@pytest.mark.timeout(200)
+def test_signal_storm(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    run = pretend(tmp_path, beton, "storm", {"steps": 60, "step_seconds": 0.1, "every": 100000})
+    wait_for_step(run, 10)
+    reached = 0
+    for _ in range(200):
+        reached = max(reached, int(run.read_status().get("step", 0)))
+        kill(ranks(run).values(), signal.SIGTERM)
+        kill(ranks(run).values(), signal.SIGUSR2)
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    assert status.restarts[0]["step"] >= reached
+    record_property("lost", 0)
+
+
+@pytest.mark.fault("config")
+@pytest.mark.timeout(200)
+def test_corrupt_configuration_fails_once(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
+    run = train(config(beton, "corrupt"), tmp_path)
+    run.config_file.write_text("name: corrupt\nbranches: [")
+    status = wait_until_final(run)
+    assert status.state == "failed", logs(run)
+    assert "not valid YAML" in status.reason
+    assert status.restarts == []
+
+
+@pytest.mark.fault("two jobs")
+@pytest.mark.timeout(200)
+def test_older_launch_steps_aside(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
+    run = pretend(tmp_path, beton, "twice", {"steps": 100, "step_seconds": 0.1})
+    wait_for_step(run, 5)
+    first = job_of(run)
+    # as if the scheduler had not known of the first job: a race, or another cluster
+    records = Records(run)
+    launch = records.last_launch()
+    assert launch is not None
+    records.write_launch(type(launch)(**{**vars(launch), "job_id": "999999"}))
+    submit(run, cluster_config(), entry=PAYLOAD)
+    wait_for("the first job to leave", lambda: first not in cluster.run("squeue", "-h", "-o", "%i").split())
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    assert status.attempt == 2
+
+
+@pytest.mark.fault(20)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_other_world_sizes(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    steady = train(config(beton, "steady"), tmp_path, nodes=2)
+    changing = train(config(beton, "changing"), tmp_path, nodes=2)
+    for nodes, until in ((1, 5), (4, 11)):
+        wait_for_step(changing, until, attempt=changing.current_attempt() or 1)
+        cancel(changing)
+        wait_for("the ranks to leave", lambda: not ranks(changing))
+        seen_within_five_seconds(changing, "cancelled")
+        submit(changing, cluster_config(nodes=nodes))
+        wait_for("the next attempt", lambda: read_status(changing).state == "running", 90.0)
+    for run in (steady, changing):
+        assert wait_until_final(run).state == "done", logs(run)
+    assert logged_steps(changing) == logged_steps(steady)
+    expected, found = losses(steady), losses(changing)
+    worst = max(abs(found[step] - expected[step]) / abs(expected[step]) for step in expected)
+    record_property("worst_relative_difference", f"{worst:.1e}")
+    assert worst < 1e-3
+
+
+@pytest.mark.fault(20)
+@pytest.mark.timeout(200)
+def test_edited_source_changes_nothing(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
+    """The job is started from inside a checkout, as people do, which is then broken."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for package in ("launcher", "mokd", "data_pipeline", "tests"):
+        (checkout / package).symlink_to(Path(__file__).resolve().parents[2] / package)
+    script = (
+        "import json, sys\nfrom pathlib import Path\nfrom tests.slurm import harness\n"
+        "run = harness.pretend(Path(sys.argv[1]), Path(sys.argv[2]), 'edited', {'steps': 60, 'step_seconds': 0.1})\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(beton)], cwd=checkout, check=True)
+    (checkout / "launcher").unlink()
+    (checkout / "launcher").mkdir()
+    (checkout / "launcher" / "__init__.py").write_text("raise SystemExit('the checkout ran')")
+    run = RunDirectory(tmp_path / "edited")
+    wait_for_step(run, 5)
+    kill(ranks(run).values(), signal.SIGUSR2)
+    status = wait_until_final(run)
+    assert status.state == "done", logs(run)
+    assert len(status.restarts) == 1
+    where = json.loads((run.path / "where.json").read_text())
+    assert where == str(run.path / "code" / "launcher" / "job.py")

@@ -1,0 +1,160 @@
+"""Faults 8, 15 and 16: a save that is cut off, a disk that is full, a checkpoint that is damaged. One rank, no SLURM."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.records import checkpoint_step
+from mokd.crash_points import VARIABLE
+from mokd.run_directory import EXIT_DONE, RunDirectory
+from tests.slurm.harness import ROOT, config, logged_steps, weights
+
+Record = Callable[[str, Any], None]
+STEPS, EVERY = 16, 2
+CRASHED = 137
+# every write, rename and removal of a save, in its order
+POINTS = [
+    *("created", "wrote objective", "wrote branch-cnn", "wrote branch-vit", "complete"),
+    *("renamed", "latest", "prune"),
+]
+
+
+def start(run: RunDirectory, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    return subprocess.run(
+        [sys.executable, "-m", "mokd.train", str(run.path)],
+        env={**variables, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def new_run(beton: Path, path: Path) -> RunDirectory:
+    return RunDirectory.create(path, config(beton, path.name, epochs=2, every=EVERY))
+
+
+@pytest.fixture(scope="module")
+def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that nothing happened to."""
+    run = new_run(beton, tmp_path_factory.mktemp("whole") / "whole")
+    done = start(run)
+    assert done.returncode == EXIT_DONE, done.stderr
+    return run
+
+
+@pytest.mark.fault(8)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_cut_off_at_every_point_of_a_save(
+    beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record
+) -> None:
+    run, lost, reached = new_run(beton, tmp_path / "cut"), [], 0
+    for point in POINTS:
+        before = checkpoint_step(run)
+        crashed = start(run, **{VARIABLE: point})
+        assert crashed.returncode == CRASHED, (point, crashed.stderr)
+        reached = max(logged_steps(run))
+        assert checkpoint_step(run) in (before, reached)
+        lost.append(reached - checkpoint_step(run))
+    done = start(run)
+    assert done.returncode == EXIT_DONE, done.stderr
+    record_property("lost", max(lost))
+    assert max(lost) <= EVERY
+    assert weights(run) == weights(whole)
+    assert logged_steps(run) == list(range(1, STEPS + 1))
+    assert not list(run.checkpoints.glob(".*")), "leftovers of the saves that were cut off"
+
+
+@pytest.mark.fault(16)
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_damaged_newest_checkpoint(
+    beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record, damage: str
+) -> None:
+    run = RunDirectory(tmp_path / "damaged")
+    shutil.copytree(whole.path, run.path)
+    newest = run.checkpoints / f"step-{checkpoint_step(run)}"
+    file = newest / "branch-vit.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if damage == "flip" else content[:-100])
+    done = start(run)
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert f"{newest} is damaged" in done.stderr
+    assert f"resumed at step {STEPS - EVERY}" in done.stderr
+    record_property("lost", EVERY)
+    assert weights(run) == weights(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, whole: RunDirectory) -> Iterator[Path]:
+    """A file system that holds one checkpoint and a half."""
+    size = sum(path.stat().st_size for path in (whole.checkpoints / f"step-{STEPS}").iterdir())
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.fault(15)
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_disk_full(beton: Path, whole: RunDirectory, tmp_path: Path, small_disk: Path, record_property: Record) -> None:
+    run = new_run(beton, tmp_path / "full")
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to(small_disk)
+    ended = start(run)
+    assert max(logged_steps(run)) == STEPS, "training did not go on"
+    assert ended.stderr.count("DISK FULL") == STEPS // EVERY - 1
+    assert checkpoint_step(run) == EVERY
+    # without its last checkpoint a run is not done; with room again it finishes as if nothing had been
+    assert ended.returncode != EXIT_DONE
+    shutil.copytree(small_disk, tmp_path / "room")
+    run.checkpoints.unlink()
+    (tmp_path / "room").rename(run.checkpoints)
+    done = start(run)
+    assert done.returncode == EXIT_DONE, done.stderr
+    record_property("lost", STEPS - EVERY)
+    assert weights(run) == weights(whole)
+
+
+@pytest.mark.fault("tensorboard")
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_unwritable_tensorboard(beton: Path, whole: RunDirectory, tmp_path: Path) -> None:
+    run = new_run(beton, tmp_path / "no-board")
+    run.tensorboard.write_text("a file where the directory should be")
+    done = start(run)
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert "TensorBoard cannot be written" in done.stderr
+    assert weights(run) == weights(whole)
+
+
+@pytest.mark.fault("beton replaced")
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_beton_replaced_between_restarts(beton: Path, tmp_path: Path) -> None:
+    for path in beton.parent.glob("train.beton*"):
+        shutil.copy(path, tmp_path)
+    run = new_run(tmp_path / "train.beton", tmp_path / "replaced")
+    assert start(run, **{VARIABLE: "latest"}).returncode == CRASHED
+    from data_pipeline.convert import ConvertOptions, convert
+
+    for path in tmp_path.glob("train.beton*"):
+        path.unlink()
+    convert([beton.parent / "images" / "test"], tmp_path / "train.beton", ConvertOptions(workers=1))
+    refused = start(run)
+    assert refused.returncode not in (EXIT_DONE, CRASHED)
+    assert "data" in refused.stderr
