@@ -24,11 +24,11 @@ commands_run.register(app)
 commands.register(app)
 
 
-def main() -> None:
-    """Runs a command. A user's mistake ends in one line and exit status 2, a failed run in 1."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. A mistake of the user ends in one line and exit status 2, a failed run in 1."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        app()
+        app(arguments)
     except UserError as error:
         messages.print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
         sys.exit(2)

@@ -15,19 +15,18 @@ from launcher.config import ClusterConfig
 from launcher.judge import TaskError
 
 _TASKS = re.compile(r"srun: error: (?P<node>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)")
-_CAUSE = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ DUE TO (?P<cause>[A-Z ]+?) \*\*\*")
-_NODE_LOST = re.compile(r"srun: error: (?:Node failure on|Timed out waiting for)|DUE TO NODE FAILURE")
+_NODE_LOST = re.compile(r"srun: error: Node failure on")
 _POLL_SECONDS = 0.25
 
 
 class Step:
-    """One `srun`. `run` returns its exit code; `task_errors`, `cause` and `hang` say what happened."""
+    """One `srun`. `run` returns its exit code; `task_errors`, `node_lost` and `hang` say what happened."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], job_id: str, cluster: ClusterConfig):
         self._command, self._environment = command, environment
         self._job_id, self._cluster = job_id, cluster
         self.task_errors: list[TaskError] = []
-        self.cause: str | None = None
+        self.node_lost = False
         self.hang: str | None = None
         self._first_error = 0.0
 
@@ -87,7 +86,5 @@ class Step:
             if match := _TASKS.search(line):
                 self.task_errors.append(TaskError(match["node"], match["tasks"], match["what"].strip()))
                 self._first_error = self._first_error or time.monotonic()
-            elif match := _CAUSE.search(line):
-                self.cause = match["cause"]
             elif _NODE_LOST.search(line):
-                self.cause = self.cause or "NODE FAILURE"
+                self.node_lost = True

@@ -28,6 +28,7 @@ from mokd.config import RunConfig
 from mokd.files import replace_text
 from mokd.run_directory import RunDirectory
 
+LEAVING_SECONDS = 120.0
 NO_SLURM = "SLURM's commands are not on this machine; run the job right here with --local, or log in to the cluster"
 
 
@@ -177,13 +178,21 @@ def cancel(run: RunDirectory) -> str:
 
 
 def _prepare(run: RunDirectory, new_code: bool) -> str:
-    last: Launch | None = Records(run).last_launch()
-    if last is not None and current_job(last) is not None:
-        raise UserError(f"{run.path}: job {last.job_id} is still at work on it; to end it: mokd cancel {run.path}")
+    _wait_for_the_last(run)
     make_private(run.path)
     make_private(run.jobs)
     code = run.path / "code"
     return snapshot.take(code) if new_code or not code.is_dir() else snapshot.digest(code)
+
+
+def _wait_for_the_last(run: RunDirectory) -> None:
+    """UserError while a job of the run is at work; one that was cancelled is given the time to save and leave."""
+    last: Launch | None = Records(run).last_launch()
+    deadline = time.monotonic() + LEAVING_SECONDS
+    while last is not None and current_job(last) is not None:
+        if last.cancelled is None or time.monotonic() > deadline:
+            raise UserError(f"{run.path}: job {last.job_id} is still at work on it; to end it: mokd cancel {run.path}")
+        time.sleep(0.5)
 
 
 def describe_local(cluster: ClusterConfig, run: Path) -> str:

@@ -80,7 +80,7 @@ class Supervisor:
             Facts(
                 exit_code=code,
                 mark=mark if mark.get("attempt") == self.attempt else {},
-                cause=step.cause or self._cause(),
+                cause=self._cause() or ("NODE FAILURE" if step.node_lost else None),
                 task_errors=step.task_errors,
                 rank_failures=self.records.rank_failures(self.attempt),
                 signals=self.signals,
@@ -171,7 +171,7 @@ class Supervisor:
             return "PREEMPTION"
         if job.restarts > _restart_count():
             return "JOB REQUEUE"
-        if job.state == "TIMEOUT":
+        if job.state == "TIMEOUT" or (job.state == "COMPLETING" and self._seconds_left() <= 0.0):
             return "TIME LIMIT"
         # ended for good, and this process is among the last to go
         return "CANCELLED" if job.state in ("CANCELLED", "COMPLETING") else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data_pipeline.manifest import manifest_path
+from launcher import cli
 from tests.support import mokd, tiny
 
 
@@ -22,18 +24,29 @@ def config(beton: Path, tmp_path: Path) -> Path:
     return file
 
 
-def error_line(*arguments: str | Path, cwd: Path | None = None) -> str:
-    result = mokd(*arguments, cwd=cwd)
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("warning:")]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert result.stdout == ""
-    return lines[0]
+ErrorLine = Callable[..., str]
 
 
-def test_train_evaluate_and_print(config: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def error_line(capsys: pytest.CaptureFixture[str]) -> ErrorLine:
+    """Runs a command in this process, which is quicker; it must end with status 2 and one line, which is returned."""
+
+    def run(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert end.value.code == 2, err
+        lines = [line for line in err.splitlines() if line and not line.startswith("warning:")]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert out == ""
+        return lines[0]
+
+    return run
+
+
+def test_train_evaluate_and_print(config: Path, tmp_path: Path, error_line: ErrorLine) -> None:
     # torch's bf16 convolution on CPUs gives undefined weight gradients for maps of one pixel: no smaller crops here
     bf16 = ("precision.compute=bf16", "views.global_crops.size_px=64", "views.local_crops.size_px=32")
     trained = mokd("train", config, "--root", tmp_path / "runs", "--nproc", "2", *bf16)
@@ -73,14 +86,14 @@ def test_train_evaluate_and_print(config: Path, tmp_path: Path) -> None:
         ("objective.prototypes=50", "objective.prototypes is 50 now and was 40"),
         ("branches.vit.backbone=vit_small_patch16_224", "branches.1.backbone is 'vit_small_patch16_224' now"),
     ):
-        assert says in error_line("train", config, "--root", tmp_path / "runs", "--resume", override)
+        assert says in error_line("train", config, "--root", tmp_path / "runs", "--resume", *bf16, override)
     assert "given 'linearr', expected" in error_line("eval", run, "--task", "linearr")
     for file in (run / "checkpoints" / "step-5").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     assert "no complete checkpoint" in error_line("eval", run)
 
 
-def test_configuration_is_printed_resolved(config: Path) -> None:
+def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) -> None:
     printed = mokd("config", config, "optim.epochs=7")
     assert yaml.safe_load(printed.stdout)["optim"]["epochs"] == 7
     assert yaml.safe_load(printed.stdout)["objective"]["student_temp"] == 0.1
@@ -104,13 +117,13 @@ def test_configuration_is_printed_resolved(config: Path) -> None:
     ],
 )
 def test_a_run_that_cannot_work_is_refused_before_anything_starts(
-    overrides: list[str], says: str, config: Path, tmp_path: Path
+    overrides: list[str], says: str, config: Path, tmp_path: Path, error_line: ErrorLine
 ) -> None:
     assert says in error_line("train", config, "--root", tmp_path / "runs", "--nproc", "2", *overrides)
     assert not (tmp_path / "runs").exists()
 
 
-def test_damaged_and_foreign_betons(config: Path, beton: Path, tmp_path: Path) -> None:
+def test_damaged_and_foreign_betons(config: Path, beton: Path, tmp_path: Path, error_line: ErrorLine) -> None:
     own = tmp_path / "own.beton"
     shutil.copy(beton, own)
     assert "manifest" in error_line("train", config, f"data.train={own}")
@@ -122,7 +135,7 @@ def test_damaged_and_foreign_betons(config: Path, beton: Path, tmp_path: Path) -
     assert str(own) in error_line("train", config, f"data.train={own}")
 
 
-def test_image_folder_without_images(tmp_path: Path) -> None:
+def test_image_folder_without_images(tmp_path: Path, error_line: ErrorLine) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty" in error_line("convert", tmp_path / "empty", tmp_path / "out.beton")
     assert not (tmp_path / "out.beton").exists()
@@ -149,3 +162,10 @@ def test_help_has_an_example(command: str) -> None:
     result = mokd(command, "--help")
     assert result.returncode == 0
     assert f"Example: mokd {command}" in result.stdout
+
+
+def test_a_mistake_in_a_real_process_has_no_traceback() -> None:
+    result = mokd("train", "nothing.yaml")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: nothing.yaml: no such configuration file")

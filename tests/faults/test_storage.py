@@ -1,4 +1,4 @@
-"""Faults 8, 15 and 16: a save that is cut off, a disk that is full, a checkpoint that is damaged. One rank, no SLURM."""
+"""Faults 8, 15 and 16: a save that is cut off, a full disk, a damaged checkpoint. One rank, no SLURM."""
 
 import os
 import shutil

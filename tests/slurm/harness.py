@@ -102,7 +102,7 @@ def pretend(root: Path, beton: Path, name: str, plan: dict[str, Any], **cluster:
     return run
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 90.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 150.0) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -112,13 +112,13 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = 90.0) -> 
     raise AssertionError(f"not within {seconds:.0f} s: {what}")
 
 
-def wait_until_final(run: RunDirectory, seconds: float = 180.0) -> RunStatus:
+def wait_until_final(run: RunDirectory, seconds: float = 400.0) -> RunStatus:
     """The run's status once it will not change by itself any more."""
     status: RunStatus = wait_for("the run's end", lambda: (s := read_status(run)).state in FINAL and s, seconds)
     return status
 
 
-def wait_for_step(run: RunDirectory, step: int, attempt: int = 1, seconds: float = 120.0) -> int:
+def wait_for_step(run: RunDirectory, step: int, attempt: int = 1, seconds: float = 200.0) -> int:
     """Waits until an attempt has done `step` steps."""
 
     def reached() -> int:
