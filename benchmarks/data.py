@@ -37,8 +37,8 @@ _CROPS_TOLERANCE, _FULL_TOLERANCE = (3.0, 1.0), (6.0, 2.0)
 class Effort:
     """seconds: per measurement. rounds: of all contenders in turn. conversions: of both converters in turn."""
 
-    seconds: float = 6.0
-    rounds: int = 5
+    seconds: float = 4.0
+    rounds: int = 3
     conversions: int = 3
 
 
@@ -118,12 +118,14 @@ def check_same(name: str, ours: contenders.Views, theirs: contenders.Views, tole
     differences = []
     for a, b in zip(ours, theirs, strict=True):
         if a.shape != b.shape:
-            raise DataError(f"benchmark: {name}: shapes differ: {tuple(a.shape)} and {tuple(b.shape)}; not compared")
+            raise DataError(
+                f"benchmark: {name}: shapes differ: {tuple(a.shape)} and {tuple(b.shape)}; not the same work"
+            )
         differences += ((a - b).abs().mean(dim=(-3, -2, -1)) * 255).flatten().tolist()
     worst, mean = max(differences), statistics.fmean(differences)
     if worst > tolerance[0] or mean > tolerance[1]:
         raise DataError(
-            f"benchmark: {name}: views differ by {mean:.2f} grey levels, one by {worst:.2f}: different work, not compared"
+            f"benchmark: {name}: views differ by {mean:.2f} grey levels, one by {worst:.2f}: not the same work"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,17 +153,14 @@ def floor_seconds(path: Path, images: int = 100) -> tuple[float, dict[str, float
     torch.set_num_threads(1)
     try:
         by_torch = [decode_jpeg(b, mode=ImageReadMode.RGB) for b in bytes_]
-        layouts = [torch.contiguous_format, torch.channels_last]
         decodes = [
             _best(lambda: [decode_jpeg(b, mode=ImageReadMode.RGB) for b in bytes_]),
             _best(lambda: [np.asarray(Image.open(io.BytesIO(c)).convert("RGB")) for c in content]),
         ]
-        resamples = [
-            _best(
-                lambda m=layout: [_ten_views(i[None].contiguous(memory_format=m), b) for i, b in zip(by_torch, boxes)]
-            )  # noqa: B905
-            for layout in layouts
-        ]
+        resamples = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            pairs = list(zip([i[None].contiguous(memory_format=layout) for i in by_torch], boxes, strict=True))
+            resamples.append(_best(lambda pairs=pairs: [_ten_views(image, box) for image, box in pairs]))
     finally:
         torch.set_num_threads(threads)
     decode, resample = min(decodes) / len(content), min(resamples) / len(content)

@@ -24,8 +24,10 @@ from data_pipeline.native_library import STATUS, Engine
 from data_pipeline.order import Int64Array
 
 try:
+    import ffcv.loader.loader as ffcv_loader_module
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
+    from ffcv.memory_managers.base import MemoryContext, MemoryManager
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.state import State
@@ -61,6 +63,33 @@ class _GivenOrder(TraversalOrder):
 
     def sample_order(self, epoch: int) -> Int64Array:
         return self.order
+
+
+class _NoStorage(MemoryContext):
+    state = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _NoManager(MemoryManager):
+    """Nothing: FFCV's own maps samples to pages in Python dictionaries, 700 MB for ImageNet, and we read on our own."""
+
+    def __init__(self, reader: Any) -> None:
+        pass
+
+    def schedule_epoch(self, batches: Any) -> MemoryContext:
+        return _NoStorage()
+
+    def compile_reader(self) -> None:
+        pass
+
+    @property
+    def state_type(self) -> None:
+        pass
 
 
 class _Cut(SimpleRGBImageDecoder):
@@ -134,6 +163,8 @@ class FfcvCuts:
         threads = torch.get_num_threads()
         # the operation is one native call per batch: nothing is left for Numba to compile
         Compiler.set_enabled(False)
+        own_manager = ffcv_loader_module.OSCacheManager
+        ffcv_loader_module.OSCacheManager = _NoManager
         try:
             self._loader = Loader(
                 str(beton.path),
@@ -146,7 +177,9 @@ class FfcvCuts:
             )
         finally:
             Compiler.set_enabled(True)
+            ffcv_loader_module.OSCacheManager = own_manager
             torch.set_num_threads(threads)
+        self._loader.reader.alloc_table = self._loader.indices = None  # we have our own
         self._order = _GivenOrder(self._loader)
         self._loader.traversal_order = self._order
         self._iterator: Any = None

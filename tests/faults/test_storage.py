@@ -32,7 +32,7 @@ def start(run: RunDirectory, **environment: str) -> subprocess.CompletedProcess[
         env={**variables, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
 
@@ -52,7 +52,7 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory
 
 @pytest.mark.fault(8)
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_cut_off_at_every_point_of_a_save(
     beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record
 ) -> None:
@@ -75,7 +75,7 @@ def test_cut_off_at_every_point_of_a_save(
 
 @pytest.mark.fault(16)
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damaged_newest_checkpoint(
     beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record, damage: str
@@ -110,7 +110,7 @@ def small_disk(tmp_path: Path, whole: RunDirectory) -> Iterator[Path]:
 
 @pytest.mark.fault(15)
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_disk_full(beton: Path, whole: RunDirectory, tmp_path: Path, small_disk: Path, record_property: Record) -> None:
     run = new_run(beton, tmp_path / "full")
     run.checkpoints.rmdir()
@@ -132,7 +132,7 @@ def test_disk_full(beton: Path, whole: RunDirectory, tmp_path: Path, small_disk:
 
 @pytest.mark.fault("tensorboard")
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_unwritable_tensorboard(beton: Path, whole: RunDirectory, tmp_path: Path) -> None:
     run = new_run(beton, tmp_path / "no-board")
     run.tensorboard.write_text("a file where the directory should be")
@@ -144,7 +144,7 @@ def test_unwritable_tensorboard(beton: Path, whole: RunDirectory, tmp_path: Path
 
 @pytest.mark.fault("beton replaced")
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_beton_replaced_between_restarts(beton: Path, tmp_path: Path) -> None:
     for path in beton.parent.glob("train.beton*"):
         shutil.copy(path, tmp_path)

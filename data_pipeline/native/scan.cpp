@@ -1,0 +1,244 @@
+#include "scan.h"
+
+#include <cstring>
+
+namespace {
+
+constexpr int kPeek = 10;       // codes up to this long are found with one look
+constexpr int kEndOfBlock = 100;  // further than any run of zeros leads
+
+// What a code does: bits to skip (its own and those of the number that follows), coefficients to go forward.
+struct Step {
+    uint8_t bits, forward;
+};
+
+struct Huffman {
+    bool defined = false;
+    Step fast[1 << kPeek];      // bits = 0: the code is longer
+    int32_t largest[17];        // of each length, -1: none
+    int32_t offset[17];
+    Step symbols[256];
+    int count;
+
+    // From the counts by length and the symbols of a DHT segment. False where they make no code.
+    bool define(const uint8_t* counts, const uint8_t* values, bool dc) {
+        std::memset(fast, 0, sizeof fast);
+        int32_t code = 0;
+        count = 0;
+        for (int length = 1; length <= 16; length++) {
+            offset[length] = count - code;
+            for (int i = 0; i < counts[length - 1]; i++, code++, count++) {
+                int value = values[count], bits = dc ? value : value & 15, run = dc ? 0 : value >> 4;
+                if (code >= 1 << length || (dc && value > 11)) return false;
+                if (!dc && bits == 0 && run != 0 && run != 15) return false;
+                bool end = !dc && value == 0;
+                Step step{(uint8_t)(length + bits), (uint8_t)(end ? kEndOfBlock : run + 1)};
+                symbols[count] = step;
+                if (length <= kPeek)
+                    for (int k = 0; k < 1 << (kPeek - length); k++) fast[(code << (kPeek - length)) + k] = step;
+            }
+            largest[length] = counts[length - 1] ? code - 1 : -1;
+            code <<= 1;
+        }
+        return defined = true;
+    }
+};
+
+class Bits {
+public:
+    Bits(const uint8_t* from, const uint8_t* end) : at_(from), end_(end) {}
+
+    // At least 32 bits in hand; zeros from where the data end or a marker stands.
+    void fill() {
+        if (count_ >= 32) return;
+        if (end_ - at_ >= 8) {
+            uint64_t next;
+            std::memcpy(&next, at_, 8);
+            uint64_t inverse = ~next;
+            if (!((inverse - 0x0101010101010101u) & ~inverse & 0x8080808080808080u)) {  // no byte is ff
+                bits_ |= __builtin_bswap64(next) >> count_;
+                at_ += (63 - count_) >> 3;
+                count_ |= 56;
+                return;
+            }
+        }
+        while (count_ <= 56) {
+            uint64_t byte = 0;
+            if (at_ < end_ && *at_ != 0xff) {
+                byte = *at_++;
+            } else if (end_ - at_ >= 2 && at_[1] == 0) {
+                byte = 0xff;
+                at_ += 2;
+            } else {
+                invented_ += 8;
+            }
+            bits_ |= byte << (56 - count_);
+            count_ += 8;
+        }
+    }
+    uint32_t peek(int n) const { return (uint32_t)(bits_ >> (64 - n)); }
+    void skip(int n) {
+        bits_ <<= n;
+        count_ -= n;
+    }
+    // At the end of an interval only the padding of its last byte may be left. Returns where the marker stands.
+    const uint8_t* marker() {
+        int left = count_ - invented_;
+        if (left < 0 || left >= 8) return nullptr;
+        bits_ = 0;
+        count_ = invented_ = 0;
+        return at_;
+    }
+    void go_on(const uint8_t* from) { at_ = from; }
+
+private:
+    const uint8_t *at_, *end_;
+    uint64_t bits_ = 0;
+    int count_ = 0, invented_ = 0;
+};
+
+bool next_step(Bits& bits, const Huffman& codes, Step& step) {
+    bits.fill();
+    step = codes.fast[bits.peek(kPeek)];
+    if (step.bits) {
+        bits.skip(step.bits);
+        return true;
+    }
+    for (int length = kPeek + 1; length <= 16; length++) {
+        int32_t code = (int32_t)bits.peek(length);
+        if (code <= codes.largest[length]) {
+            int index = code + codes.offset[length];
+            if (index < 0 || index >= codes.count) return false;
+            step = codes.symbols[index];
+            bits.skip(step.bits);
+            return true;
+        }
+    }
+    return false;
+}
+
+bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac) {
+    Step step;
+    if (!next_step(bits, dc, step)) return false;
+    int k = 1;
+    while (k < 64) {
+        if (!next_step(bits, ac, step)) return false;
+        k += step.forward;
+    }
+    return k == 64 || k >= kEndOfBlock;
+}
+
+struct Component {
+    int id, across, down, table;
+    const Huffman *dc, *ac;
+};
+
+struct Frame {
+    int width = 0, height = 0, count = 0, interval = 0;
+    Component components[3];
+    Huffman dc[4], ac[4];
+    bool quantised[4] = {};
+
+    bool tables(const uint8_t* body, size_t size) {
+        while (size >= 17) {
+            int total = 0, slot = body[0] & 15;
+            for (int i = 1; i <= 16; i++) total += body[i];
+            if (slot > 3 || body[0] >> 4 > 1 || total > 256 || size < 17u + total) return false;
+            bool is_dc = body[0] >> 4 == 0;
+            if (!(is_dc ? dc : ac)[slot].define(body + 1, body + 17, is_dc)) return false;
+            body += 17 + total;
+            size -= 17 + total;
+        }
+        return size == 0;
+    }
+    bool quantisation(const uint8_t* body, size_t size) {
+        while (size) {
+            size_t length = body[0] >> 4 ? 129 : 65;
+            if ((body[0] & 15) > 3 || size < length) return false;
+            quantised[body[0] & 15] = true;
+            body += length;
+            size -= length;
+        }
+        return true;
+    }
+    bool start(const uint8_t* body, size_t size) {
+        if (count || size < 6 || body[0] != 8) return false;
+        height = body[1] << 8 | body[2];
+        width = body[3] << 8 | body[4];
+        count = body[5];
+        if (!width || !height || (count != 1 && count != 3) || size != 6u + 3 * count) return false;
+        for (int c = 0; c < count; c++) {
+            const uint8_t* b = body + 6 + 3 * c;
+            components[c] = {b[0], b[1] >> 4, b[1] & 15, b[2], nullptr, nullptr};
+            if (components[c].across < 1 || components[c].across > 4 || components[c].down < 1 ||
+                components[c].down > 4 || components[c].table > 3)
+                return false;
+        }
+        return true;
+    }
+    bool scan_header(const uint8_t* body, size_t size) {
+        if (!count || size != 4u + 2 * count || body[0] != count) return false;
+        for (int c = 0; c < count; c++) {
+            int id = body[1 + 2 * c], slots = body[2 + 2 * c];
+            Component& component = components[c];
+            if (id != component.id || (slots >> 4) > 3 || (slots & 15) > 3 || !quantised[component.table]) return false;
+            component.dc = &dc[slots >> 4];
+            component.ac = &ac[slots & 15];
+            if (!component.dc->defined || !component.ac->defined) return false;
+        }
+        const uint8_t* rest = body + 1 + 2 * count;
+        return rest[0] == 0 && rest[1] == 63 && rest[2] == 0;
+    }
+    bool scan(const uint8_t* from, const uint8_t* end) const {
+        int widest = 1, tallest = 1;
+        for (int c = 0; count == 3 && c < 3; c++) {
+            widest = components[c].across > widest ? components[c].across : widest;
+            tallest = components[c].down > tallest ? components[c].down : tallest;
+        }
+        int64_t units = (int64_t)((width + 8 * widest - 1) / (8 * widest)) * ((height + 8 * tallest - 1) / (8 * tallest));
+        Bits bits(from, end);
+        int restarts = 0;
+        for (int64_t unit = 0; unit < units; unit++) {
+            if (interval && unit && unit % interval == 0) {
+                const uint8_t* marker = bits.marker();
+                if (!marker || end - marker < 2 || marker[0] != 0xff || marker[1] != 0xd0 + restarts++ % 8) return false;
+                bits.go_on(marker + 2);
+            }
+            for (int c = 0; c < count; c++) {
+                int blocks = count == 1 ? 1 : components[c].across * components[c].down;
+                for (int b = 0; b < blocks; b++)
+                    if (!read_block(bits, *components[c].dc, *components[c].ac)) return false;
+            }
+        }
+        const uint8_t* marker = bits.marker();
+        return marker && end - marker >= 2 && marker[0] == 0xff && marker[1] == 0xd9;
+    }
+};
+
+}  // namespace
+
+bool is_whole_baseline_jpeg(const uint8_t* data, size_t size) {
+    if (size < 4 || data[0] != 0xff || data[1] != 0xd8) return false;
+    static thread_local Frame frame;
+    frame = Frame();
+    for (size_t at = 2; at + 4 <= size;) {
+        if (data[at] != 0xff) return false;
+        size_t length = (size_t)data[at + 2] << 8 | data[at + 3];
+        if (length < 2 || at + 2 + length > size) return false;
+        const uint8_t* body = data + at + 4;
+        size_t rest = length - 2;
+        uint8_t marker = data[at + 1];
+        at += 2 + length;
+        if (marker == 0xda) return frame.scan_header(body, rest) && frame.scan(data + at, data + size);
+        bool fine = marker >= 0xe0 || marker == 0xfe;  // what applications have to say
+        if (marker == 0xc4) fine = frame.tables(body, rest);
+        if (marker == 0xdb) fine = frame.quantisation(body, rest);
+        if (marker == 0xc0) fine = frame.start(body, rest);
+        if (marker == 0xdd) {
+            fine = rest == 2;
+            frame.interval = fine ? body[0] << 8 | body[1] : 0;
+        }
+        if (!fine) return false;
+    }
+    return false;
+}
