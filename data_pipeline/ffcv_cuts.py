@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from queue import Empty
+from threading import Thread, current_thread
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -102,6 +104,7 @@ class _Cut(SimpleRGBImageDecoder):
         super().__init__()
         self.plan: Planner
         self.failure: BaseException | None = None
+        self.ended: WeakSet[Thread] = WeakSet()  # FFCV's threads that have no more to do
         self._beton, self._sizes, self._engine, self._ring = beton, sizes, engine, ring
         self._file = os.open(beton.path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -111,6 +114,8 @@ class _Cut(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable[..., Packed]:
         def cut(ids: Int64Array, out: NDArray[np.uint8], metadata: Any, storage: Any) -> Packed:
+            if current_thread() in self.ended:
+                raise StopIteration
             # an exception in FFCV's thread would leave the reader waiting for ever: keep it for the reader
             try:
                 return self._cut(ids)
@@ -222,6 +227,8 @@ class FfcvCuts:
         iterator, self._iterator = self._iterator, None
         if iterator is None:
             return
+        # FFCV looks at its event only when its queue is full; without our own mark it would finish the epoch
+        self._cut.ended.add(iterator)
         iterator.terminate_event.set()
         deadline = time.monotonic() + self._timeout
         while iterator.is_alive() and time.monotonic() < deadline:

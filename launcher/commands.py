@@ -75,9 +75,7 @@ def launch(
     resolved = load_config(path, overrides or [])
     flags = _flags(locals())
     cluster = load_cluster(resolved.cluster, flags, str(path))
-    findings = examine(resolved, cluster, root)
-    for warning in findings.warnings:
-        messages.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    _show_findings(examine(resolved, cluster, root))
     if sweep:
         name = resolved.name
         configs = [
@@ -168,8 +166,7 @@ def resume(
     cluster = load_cluster(
         {k: v for k, v in section.items() if k != "site"}, _flags(locals()), str(directory.config_file)
     )
-    for warning in examine(config, cluster, directory.path.parent, directory).warnings:
-        messages.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    _show_findings(examine(config, cluster, directory.path.parent, directory))
     if dry_run:
         number = (last.number if last else 0) + 1
         _show_plan(submit.run_script(directory, cluster, number), directory.path, cluster, local, as_json)
@@ -249,6 +246,14 @@ def _flags(given: dict[str, Any]) -> dict[str, Any]:
             extra[key] = value if sep else True
         flags["sbatch"] = extra
     return flags
+
+
+def _show_findings(findings: Any) -> None:
+    messages.print(
+        "; ".join(f"{name}: {value}" for name, value in findings.facts.items()), markup=False, soft_wrap=True
+    )
+    for warning in findings.warnings:
+        messages.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
 def _need_slurm(local: bool) -> None:

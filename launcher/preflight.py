@@ -12,6 +12,7 @@ from data_pipeline.errors import UserError
 from launcher import scheduler
 from launcher.config import ClusterConfig
 from launcher.executor import Script
+from launcher.memory import estimate_bytes
 from launcher.records import checkpoint_step
 from mokd.config import RunConfig
 from mokd.files import read_json
@@ -40,6 +41,8 @@ def examine(config: RunConfig, cluster: ClusterConfig, root: Path, run: RunDirec
     _check_lead(cluster, run, findings)
     findings.facts["world size"] = f"{cluster.nodes} nodes x {cluster.ranks_per_node} ranks"
     findings.facts["images per rank and step"] = str(config.optim.global_batch // cluster.world_size)
+    if cluster.gpus_per_node:
+        findings.facts["memory per GPU"] = f"about {estimate_bytes(config, cluster.world_size) / 2**30:.0f} GiB"
     if cluster.gpus_per_node and cluster.ranks_per_node != cluster.gpus_per_node:
         findings.warnings.append(
             f"cluster: {cluster.ranks_per_node} ranks on {cluster.gpus_per_node} GPUs per node, not one on each"

@@ -178,9 +178,9 @@ def cancel(run: RunDirectory) -> str:
 
 
 def _prepare(run: RunDirectory, new_code: bool) -> str:
-    _wait_for_the_last(run)
     make_private(run.path)
     make_private(run.jobs)
+    _wait_for_the_last(run)
     code = run.path / "code"
     return snapshot.take(code) if new_code or not code.is_dir() else snapshot.digest(code)
 

