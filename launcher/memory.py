@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mokd.config import RunConfig
 
 # fp32 weights and gradients of the student, weights of its teacher, and the optimiser's state beside them
@@ -26,26 +28,25 @@ def estimate_bytes(config: RunConfig, world_size: int) -> int:
     with torch.device("meta"):
         objective = build_objective(config, torch.device("meta"))
         for branch_config in config.branches:
-            student = objective.build_branch(branch_config, images).student
+            # evaluation mode: the random layers change nothing about the sizes
+            student = objective.build_branch(branch_config, images).student.eval()
             parameters = sum(parameter.numel() for parameter in student.parameters())
             total += parameters * BYTES_PER_PARAMETER[branch_config.optimizer.kind]
             for group in config.views.groups:
-                outputs = _output_elements(student.backbone, group.size_px)  # type: ignore[arg-type]
-                total += outputs * group.count * images * element * OVERHEAD
+                outputs = _output_elements(student.backbone, images, group.size_px)
+                total += outputs * group.count * element * OVERHEAD
             # the class token through the MLP head, and the T-Head's answer, for every view
             total += 2 * views * images * config.objective.prototypes * BYTES_PER_LOGIT
     return int(total)
 
 
-def _output_elements(backbone: object, size_px: int) -> int:
-    """Elements in the outputs of all layers for one image."""
+def _output_elements(backbone: Any, images: int, size_px: int) -> int:
+    """Elements in the outputs of all layers for one view of `images` images."""
     import torch
-    from torch import nn
 
-    assert isinstance(backbone, nn.Module)
     counted = 0
 
-    def count(module: nn.Module, inputs: object, output: object) -> None:
+    def count(module: Any, inputs: object, output: object) -> None:
         nonlocal counted
         if isinstance(output, torch.Tensor):
             counted += output.numel()
@@ -53,8 +54,8 @@ def _output_elements(backbone: object, size_px: int) -> int:
     leaves = [module for module in backbone.modules() if not list(module.children())]
     handles = [module.register_forward_hook(count) for module in leaves]
     try:
-        backbone(torch.empty(2, 3, size_px, size_px, device="meta"))
+        backbone(torch.empty(images, 3, size_px, size_px, device="meta"))
     finally:
         for handle in handles:
             handle.remove()
-    return counted // 2
+    return counted

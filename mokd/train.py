@@ -93,7 +93,9 @@ def _cores() -> int:
 def main(arguments: list[str]) -> int:
     """Trains and returns the exit status: 0 done, 75 stopped and resumable, 1 failed, 2 the user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    # one-pixel-wide strides of depthwise convolutions: DDP copies those few gradients, which costs nothing here
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if len(arguments) != 1:
         print("usage: python -m mokd.train RUN_DIRECTORY", file=sys.stderr)
         return EXIT_USER

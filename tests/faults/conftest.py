@@ -8,6 +8,22 @@ from tests.slurm import harness
 from tests.slurm.conftest import _daemons, beton, cluster, start_cluster  # noqa: F401 - fixtures
 
 
+# What every change is tested with; `make faults` runs all of them, which takes about an hour on two cores.
+EVERY_CHANGE = (
+    "test_preemption_with_user_signal",
+    "test_killed_rank",
+    "test_corrupt_configuration_fails_once",
+    "test_cancelled_without_accounting",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what is not in the selection."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not item.name.startswith(EVERY_CHANGE):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(number): proves a row of the fault table")
 

@@ -132,7 +132,6 @@ def test_older_launch_steps_aside(cluster: Cluster, beton: Path, tmp_path: Path)
 
 
 @pytest.mark.fault(20)
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_other_world_sizes(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     steady = train(config(beton, "steady"), tmp_path, nodes=2)

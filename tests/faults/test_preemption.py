@@ -63,7 +63,6 @@ def test_preemption_with_user_signal(
 
 
 @pytest.mark.fault(2)
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_preemption_by_sigterm_alone(
     start_cluster: Start, beton: Path, undisturbed: RunDirectory, tmp_path: Path, record_property: Record
@@ -76,7 +75,6 @@ def test_preemption_by_sigterm_alone(
 
 
 @pytest.mark.fault(3)
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_grace_too_short(
     start_cluster: Start, beton: Path, undisturbed: RunDirectory, tmp_path: Path, record_property: Record
@@ -90,7 +88,6 @@ def test_grace_too_short(
 
 
 @pytest.mark.fault(4)
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_time_limit_in_many_slices(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     plan = {"steps": 1200, "step_seconds": 0.1, "every": 100000}
@@ -104,7 +101,6 @@ def test_time_limit_in_many_slices(cluster: Cluster, beton: Path, tmp_path: Path
 
 
 @pytest.mark.fault(4)
-@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_time_limit_gives_the_same_weights(
     cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record
@@ -123,7 +119,6 @@ def test_time_limit_gives_the_same_weights(
 
 
 @pytest.mark.fault(5)
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_chaos(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     undisturbed = train(config(beton, "calm", epochs=12), tmp_path)

@@ -51,7 +51,6 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory
 
 
 @pytest.mark.fault(8)
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_cut_off_at_every_point_of_a_save(
     beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record
@@ -74,7 +73,6 @@ def test_cut_off_at_every_point_of_a_save(
 
 
 @pytest.mark.fault(16)
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damaged_newest_checkpoint(
@@ -109,7 +107,6 @@ def small_disk(tmp_path: Path, whole: RunDirectory) -> Iterator[Path]:
 
 
 @pytest.mark.fault(15)
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_disk_full(beton: Path, whole: RunDirectory, tmp_path: Path, small_disk: Path, record_property: Record) -> None:
     run = new_run(beton, tmp_path / "full")
@@ -131,7 +128,6 @@ def test_disk_full(beton: Path, whole: RunDirectory, tmp_path: Path, small_disk:
 
 
 @pytest.mark.fault("tensorboard")
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_unwritable_tensorboard(beton: Path, whole: RunDirectory, tmp_path: Path) -> None:
     run = new_run(beton, tmp_path / "no-board")
@@ -143,7 +139,6 @@ def test_unwritable_tensorboard(beton: Path, whole: RunDirectory, tmp_path: Path
 
 
 @pytest.mark.fault("beton replaced")
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_beton_replaced_between_restarts(beton: Path, tmp_path: Path) -> None:
     for path in beton.parent.glob("train.beton*"):

@@ -64,7 +64,7 @@ def test_killed_rank(
 
 
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("victim", ["n2", pytest.param("n1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", ["n2", "n1"])
 @pytest.mark.timeout(300)
 def test_node_dies(
     cluster: Cluster, beton: Path, undisturbed: RunDirectory, tmp_path: Path, record_property: Record, victim: str
@@ -150,7 +150,6 @@ def test_bad_node(cluster: Cluster, beton: Path, tmp_path: Path, record_property
 
 
 @pytest.mark.fault(13)
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     run = pretend(tmp_path, beton, "orphan", {"steps": 400, "step_seconds": 0.1, "every": 100000})
