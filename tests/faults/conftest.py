@@ -7,8 +7,7 @@ from slurm.cluster import Cluster
 from tests.slurm import harness
 from tests.slurm.conftest import _daemons, beton, cluster, start_cluster  # noqa: F401 - fixtures
 
-
-# What every change is tested with; `make faults` runs all of them, which takes about an hour on two cores.
+# What every change is tested with; `make faults` runs all of them.
 EVERY_CHANGE = (
     "test_preemption_with_user_signal",
     "test_killed_rank",
