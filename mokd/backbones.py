@@ -168,8 +168,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (weights to start from)") from None
-    except Exception as error:  # both readers raise many kinds on a damaged or foreign file
-        raise UserError(f"{path}: not a weights file that can be read safely: {_line(error)}") from None
+    except Exception:  # both readers raise many kinds on a damaged or foreign file, and give long advice
+        raise UserError(
+            f"{path}: cannot be read safely as weights; expected a safetensors file or a state dict of tensors"
+        ) from None
     for key in ("state_dict", "model", "teacher"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

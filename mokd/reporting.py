@@ -10,7 +10,7 @@ import torch
 
 from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
-from mokd.distributed import Ranks
+from mokd.distributed import Ranks, all_reduce_sum
 from mokd.evaluation.run import knn_of
 from mokd.metrics import MetricsWriter
 from mokd.progress import TrainingProgress
@@ -53,6 +53,7 @@ class Reporter:
         self._step = step
         if step % self._config.logging.every_steps and step != self._total_steps:
             return
+        shown = self._over_ranks(branches, losses)
         if not self._ranks.is_main:
             return
         images = self._config.optim.global_batch
@@ -64,15 +65,24 @@ class Reporter:
             "images_per_second": (step - self._since_step) * images / elapsed,
             "data_wait_fraction": min(self._waited / elapsed, 1.0),
         }
+        values.update(shown)
         for branch, loss, rate in zip(branches, losses, rates, strict=True):
-            values[f"loss/{branch.name}/total"] = float(loss.total.detach())
-            values.update({f"loss/{branch.name}/{term}": float(value) for term, value in loss.terms.items()})
             values[f"lr/{branch.name}"] = rate
             values.update({f"{name}/{branch.name}": float(value) for name, value in loss.monitors().items()})
         self._metrics.write(values)
         self._progress.update(step, values)
         self._status(epoch=epoch, images_per_second=values["images_per_second"])
         self._restart_clock(step)
+
+    def _over_ranks(self, branches: Sequence[Branch], losses: Sequence[BranchLoss]) -> dict[str, float]:
+        """Losses as means over the global batch: what one rank sees depends on how many there are."""
+        parts = {
+            f"loss/{branch.name}/{term}": value.double()
+            for branch, loss in zip(branches, losses, strict=True)
+            for term, value in [("total", loss.total.detach()), *loss.terms.items()]
+        }
+        means = all_reduce_sum(torch.stack(list(parts.values()))) / self._ranks.world_size
+        return dict(zip(parts, means.tolist(), strict=True))
 
     def evaluate(self, branches: Sequence[Branch], step: int) -> None:
         """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part."""

@@ -110,5 +110,15 @@ def main(arguments: list[str]) -> int:
     return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
 
 
+def leave_at_once(status: int) -> None:
+    """Ends the process without tearing the interpreter down: everything is written and closed by now, and threads of
+    torch.distributed have been seen to abort a process in its last moment, which would turn success into failure.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave_at_once(main(sys.argv[1:]))

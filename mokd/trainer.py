@@ -102,8 +102,8 @@ class Trainer:
                         if finished or (at_epoch_end and self._evaluation_due(self.step // self.epoch_steps)):
                             self.report.evaluate(self.branches, self.step)
                         stopping = stopping or finished
-                        if stopping or self._save_due():
-                            self._save()
+                        if (stopping or self._save_due()) and not self._save() and stopping:
+                            raise OSError(f"step {self.step}: the last checkpoint could not be saved")
                         if stopping:
                             break
             barrier()  # nobody leaves before the checkpoint of the last step is published
@@ -174,14 +174,19 @@ class Trainer:
     def _save_due(self) -> bool:
         return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
 
-    def _save(self) -> None:
-        """Publishes a checkpoint of the current step; every rank's state is the same, so the first writes it."""
+    def _save(self) -> bool:
+        """Publishes a checkpoint of the current step; every rank's state is the same, so the first writes it.
+
+        False where the disk is full: training goes on, but a run must not end without its last checkpoint.
+        """
         if not self.ranks.is_main:
-            return
+            return True
         self.report.flush()
         snapshot = state.collect(self.branches, self.objective)
         facts = {"identity": self.identity, "epoch": self.step // self.epoch_steps, "world_size": self.ranks.world_size}
-        if checkpoint.publish(self.run, self.attempt, self.step, snapshot, facts):
-            keep = self.config.checkpoint
-            checkpoint.prune(self.run, keep.keep_last, keep.keep_every_steps)
-            self.report.saved(self.step)
+        if not checkpoint.publish(self.run, self.attempt, self.step, snapshot, facts):
+            return False
+        keep = self.config.checkpoint
+        checkpoint.prune(self.run, keep.keep_last, keep.keep_every_steps)
+        self.report.saved(self.step)
+        return True

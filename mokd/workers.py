@@ -40,7 +40,7 @@ def supervise(command: Sequence[str], count: int) -> int:
     try:
         workers = [_start(command, rank, count, port) for rank in range(count)]
         passed = 0
-        while any(worker.poll() is None for worker in workers):
+        while None in [worker.poll() for worker in workers]:  # a list: every worker is looked at, every time
             if failed := [w.returncode for w in workers if w.returncode not in (None, 0, EXIT_STOPPED)]:
                 _end(workers)
                 # a rank that was still starting up has no handler yet: it ends, and nothing is lost

@@ -12,7 +12,6 @@ EVERY_CHANGE = (
     "test_preemption_with_user_signal",
     "test_killed_rank",
     "test_corrupt_configuration_fails_once",
-    "test_cancelled_without_accounting",
 )
 
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from mokd.config import ParallelConfig
-from mokd.distributed import join, leave, pick_device, ranks_from_environment
+from mokd.distributed import barrier, join, leave, pick_device, ranks_from_environment
 from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
 from mokd.parallel import parallelise
+from mokd.train import leave_at_once
 from tests.support import RESNET, THIRD, VIT, tiny_config
 
 BATCH, STEPS = 12, 2
@@ -25,7 +26,7 @@ def main(output: str) -> None:
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
     device = pick_device(ranks)
-    join(ranks, device, 60)
+    join(ranks, device, 240)
     resnet = {**RESNET, "mlp_head": {**RESNET["mlp_head"], "batch_norm": True}}
     config = tiny_config(branches=[resnet, VIT, THIRD], optim__freeze_last_layer_epochs=0, optim__warmup_epochs=0)
     objective = build_objective(config, device)
@@ -52,8 +53,10 @@ def main(output: str) -> None:
         state = {f"{b.name}/student/{k}": v for b in branches for k, v in b.student.state_dict().items()}
         state |= {f"{b.name}/teacher/{k}": v for b in branches for k, v in b.teacher.state_dict().items()}
         save_file({k: v.contiguous().clone() for k, v in {**state, **objective.state_tensors()}.items()}, output)
+    barrier()  # nobody closes its connections while another still needs them
     leave()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave_at_once(0)

@@ -29,4 +29,4 @@ def main(directory: str, step: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    train.leave_at_once(main(sys.argv[1], int(sys.argv[2])))

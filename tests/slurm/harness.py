@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline import schema
 from launcher.config import ClusterConfig
+from launcher.processes import process_start
 from launcher.records import Records, checkpoint_step
 from launcher.status import FINAL, RunStatus, read_status
 from launcher.submit import create_run, submit
@@ -29,14 +32,45 @@ PAYLOAD = "tests.launcher.payload:run"
 IMAGES, BATCH = 64, 8
 
 
+STATES = f"mokd-slurm-{os.getuid()}-"
+
+
 def open_cluster() -> Cluster:
-    """The tests' own cluster, apart from the one of `make slurm-up`."""
-    return Cluster(Path(tempfile.gettempdir()) / f"mokd-slurm-{os.getuid()}")
+    """A cluster for this test session alone; what sessions that were killed have left is taken down."""
+    for left in Path(tempfile.gettempdir()).glob(f"{STATES}*"):
+        if process_start(int(left.name.removeprefix(STATES))) is None:
+            Cluster(left).down()
+            shutil.rmtree(left)
+    return Cluster(Path(tempfile.gettempdir()) / f"{STATES}{os.getpid()}")
 
 
 def options(**changes: Any) -> Options:
-    """The tests' cluster: like `make slurm-up`'s, on other ports and with less patience."""
-    return Options(**{"port": 18317, "kill_wait_seconds": 20, **changes})
+    """The tests' cluster: like `make slurm-up`'s, on ports of its own and with less patience."""
+    port = 18000 + 10 * (os.getpid() % 400)
+    return Options(**{"port": port, "kill_wait_seconds": 20, **changes})
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told apart from a later one that is given the same id."""
+
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The process that has this id now."""
+        return cls(pid, process_start(pid) or "gone")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return process_start(self.pid) == self.started
+
+    def signal(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Signals it, and nobody else."""
+        if self.alive:
+            os.kill(self.pid, number)
 
 
 def make_images(folder: Path) -> Path:
@@ -137,8 +171,8 @@ def job_of(run: RunDirectory) -> str:
     return launch.job_id
 
 
-def ranks(run: RunDirectory) -> dict[int, int]:
-    """Process ids of the run's living ranks."""
+def ranks(run: RunDirectory) -> dict[int, Process]:
+    """The run's living ranks."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -148,7 +182,7 @@ def ranks(run: RunDirectory) -> dict[int, int]:
             continue
         mine = b"submitit.core._submit" in command and str(run.jobs).encode() in command
         if mine and b"srun" not in command and b"SLURM_PROCID" in environment and b"launcher.supervisor" not in command:
-            found[int(environment[b"SLURM_PROCID"])] = int(entry.name)
+            found[int(environment[b"SLURM_PROCID"])] = Process.of(int(entry.name))
     return found
 
 
@@ -190,13 +224,10 @@ def relative_distance(one: RunDirectory, other: RunDirectory) -> float:
     return float((difference / size) ** 0.5)
 
 
-def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
+def kill(processes: Iterable[Process], number: signal.Signals = signal.SIGKILL) -> None:
     """Signals processes that may be gone already."""
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
+    for process in processes:
+        process.signal(number)
 
 
 def logs(run: RunDirectory) -> str:
@@ -225,19 +256,15 @@ def lost_steps(run: RunDirectory) -> list[int]:
     return lost
 
 
-def children(cluster: Cluster, node: str) -> list[int]:
-    """Process ids of the slurmstepd of a node's steps; they outlive its slurmd."""
+def children(cluster: Cluster, node: str) -> list[Process]:
+    """The slurmstepd of a node's steps; they outlive its slurmd."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            environment = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
+            command = (entry / "cmdline").read_bytes()
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
             continue
-        if command.startswith("slurmstepd") and f"SLURM_CONF={cluster.conf}".encode() in environment:
-            parents = (entry / "fd").glob("*")
-            if any(f"spool-{node}/" in os.readlink(fd) for fd in parents if fd.is_symlink()) or f"spool-{node}" in str(
-                environment
-            ):
-                found.append(int(entry.name))
+        if command.startswith(b"slurmstepd") and parent == cluster.pid(node):
+            found.append(Process.of(int(entry.name)))
     return found
