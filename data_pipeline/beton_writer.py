@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -22,6 +23,7 @@ from data_pipeline.images import PAGE_SIZE, Encoded
 from data_pipeline.manifest import Manifest, manifest_path
 
 _FLUSH_EVERY = 64  # images: what a kill can cost
+_READ_AT_ONCE = 256  # samples per task when all is read back
 
 
 def partial_path(output: Path) -> Path:
@@ -95,7 +97,6 @@ class BetonWriter:
         journal.truncate()
         self._journal = journal
         self._beton.truncate(self._position)
-        self._beton.seek(self._position)
 
     def _take_up(self, entry: dict[str, Any]) -> bool:
         if "skipped" in entry:
@@ -117,9 +118,7 @@ class BetonWriter:
         size = len(image.data)
         if self._position // PAGE_SIZE != (self._position + size + CHECKSUM_BYTES - 1) // PAGE_SIZE:
             self._position = -(-self._position // PAGE_SIZE) * PAGE_SIZE
-        self._beton.seek(self._position)
-        self._beton.write(image.data)
-        self._beton.write(crc.to_bytes(CHECKSUM_BYTES, "little"))
+        self._write_at(self._position, image.data, crc.to_bytes(CHECKSUM_BYTES, "little"))
         line = {"path": str(path), "label": label, "mode": image.mode, "width": image.width, "height": image.height}
         line |= {"offset": self._position, "bytes": size, "crc32": crc}
         self._enter((image.mode, image.width, image.height), label, size, crc)
@@ -147,25 +146,28 @@ class BetonWriter:
 
     def _flush(self) -> None:
         assert self._journal is not None
-        self._beton.flush()  # first the data, then the line that vouches for them
-        self._journal.flush()
+        self._journal.flush()  # after the data, which no buffer holds: the line vouches for them
         self._unflushed = 0
 
-    def publish(self, head: dict[str, Any]) -> int:
+    def _write_at(self, position: int, *parts: bytes) -> None:
+        descriptor, size = self._beton.fileno(), sum(map(len, parts))
+        written = os.pwritev(descriptor, parts, position)
+        while written < size:  # a disk that is nearly full takes a part, and refuses the next
+            written += os.pwrite(descriptor, b"".join(parts)[written:], position + written)
+
+    def publish(self, head: dict[str, Any], workers: int) -> int:
         """Writes the tables, reads everything back, and gives beton and manifest their names. Returns the size.
 
-        head: the fields of `Manifest` that the writer does not know.
+        head: the fields of `Manifest` that the writer does not know. workers: threads to read with.
         """
         records, table = self._records[: self.count].tobytes(), self._table[: self.count].tobytes()
         header = header_bytes(self.count, PAGE_SIZE, self._position)
-        self._beton.seek(self._position)
-        self._beton.write(table)
-        self._beton.truncate()
-        self._beton.seek(0)
-        self._beton.write(header + records)
+        self._write_at(self._position, table)
+        self._beton.truncate(self._position + len(table))
+        self._write_at(0, header + records)
         self._flush()
         os.fsync(self._beton.fileno())
-        self._read_back(header + records)
+        self._read_back(header + records, workers)
         size = self._position + len(table)
         crc = zlib.crc32(table, zlib.crc32(records, zlib.crc32(header)))
         manifest = Manifest(count=self.count, bytes=size, tables_crc32=crc, **head)
@@ -186,14 +188,22 @@ class BetonWriter:
         journal_path(self._output).unlink()
         return size
 
-    def _read_back(self, start: bytes) -> None:
-        self._beton.seek(0)
-        if self._beton.read(len(start)) != start:
+    def _read_back(self, start: bytes, workers: int) -> None:
+        descriptor, pointers, sizes = self._beton.fileno(), self._table["ptr"], self._table["size"]
+        if os.pread(descriptor, len(start), 0) != start:
             raise DataError(f"{self._output}: its tables do not read back as they were written; is the disk sound?")
-        for i in range(self.count):
-            self._beton.seek(int(self._table["ptr"][i]))
-            if zlib.crc32(self._beton.read(int(self._table["size"][i]))) != self._checksums[i]:
-                raise DataError(f"{self._output}: sample {i} does not read back as it was written; is the disk sound?")
+
+        def check(first: int) -> None:
+            for i in range(first, min(first + _READ_AT_ONCE, self.count)):
+                if zlib.crc32(os.pread(descriptor, int(sizes[i]), int(pointers[i]))) != self._checksums[i]:
+                    raise DataError(
+                        f"{self._output}: sample {i} does not read back as it was written; is the disk sound?"
+                    )
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="read back") as pool:
+            # consumed, so that the first error is raised here
+            for _ in pool.map(check, range(0, self.count, _READ_AT_ONCE)):
+                pass
 
     def _sample_lines(self) -> Iterator[str]:
         with open(journal_path(self._output), encoding="utf-8") as journal:

@@ -103,7 +103,7 @@ def convert(
             versions = {"python": platform.python_version(), "pillow": PIL.__version__, "numpy": np.__version__}
             head: dict[str, Any] = {"format": FORMAT, "classes": listing.classes, "versions": versions}
             head |= {"sources": tuple(str(source) for source in sources), "options": stored}
-            size = writer.publish(head)
+            size = writer.publish(head, encoding.workers)
         except UserError:
             # what an earlier conversion has left is not thrown away for a mistake in resuming it
             if not options.resume:

@@ -72,7 +72,7 @@ def encoded(paths: Sequence[Path], encoding: Encoding) -> Iterator[Result]:
 
 def forecast(paths: Sequence[Path], encoding: Encoding, folder: Path) -> Forecast:
     """The size and time of converting `paths` to `folder`, from a few of them spread evenly."""
-    count = min(len(paths), max(encoding.workers, min(_PROBE_IMAGES, len(paths) // 20)))
+    count = min(len(paths), max(encoding.workers, min(_PROBE_IMAGES, len(paths) // 50)))
     probe = [paths[i * len(paths) // count] for i in range(count)] if count else []
     started = time.monotonic()
     usable = [result for result in encoded(probe, encoding) if not isinstance(result, str)]

@@ -4,17 +4,22 @@
 
 namespace {
 
-constexpr int kPeek = 10;       // codes up to this long are found with one look
-constexpr int kEndOfBlock = 100;  // further than any run of zeros leads
+constexpr int kPeek = 11;         // bits that one look takes in
+constexpr int kEndOfBlock = 128;  // further than any runs of zeros in one look lead
 
-// What a code does: bits to skip (its own and those of the number that follows), coefficients to go forward.
+// What codes do: bits to skip (their own and those of the numbers that follow), coefficients to go forward.
 struct Step {
     uint8_t bits, forward;
 };
 
+// The first code in the bits that are looked at (bits = 0: it is longer than they are), and all that lie in them whole.
+struct Look {
+    Step first, all;
+};
+
 struct Huffman {
     bool defined = false;
-    Step fast[1 << kPeek];      // bits = 0: the code is longer
+    Look looks[1 << kPeek];
     int32_t largest[17];        // of each length, -1: none
     int32_t offset[17];
     Step symbols[256];
@@ -22,7 +27,8 @@ struct Huffman {
 
     // From the counts by length and the symbols of a DHT segment. False where they make no code.
     bool define(const uint8_t* counts, const uint8_t* values, bool dc) {
-        std::memset(fast, 0, sizeof fast);
+        std::memset(looks, 0, sizeof looks);
+        uint8_t lengths[1 << kPeek] = {};
         int32_t code = 0;
         count = 0;
         for (int length = 1; length <= 16; length++) {
@@ -35,12 +41,31 @@ struct Huffman {
                 Step step{(uint8_t)(length + bits), (uint8_t)(end ? kEndOfBlock : run + 1)};
                 symbols[count] = step;
                 if (length <= kPeek)
-                    for (int k = 0; k < 1 << (kPeek - length); k++) fast[(code << (kPeek - length)) + k] = step;
+                    for (int k = 0; k < 1 << (kPeek - length); k++) {
+                        int look = (code << (kPeek - length)) + k;
+                        looks[look].first = step;
+                        lengths[look] = length;
+                    }
             }
             largest[length] = counts[length - 1] ? code - 1 : -1;
             code <<= 1;
         }
+        if (!dc) join(lengths);
         return defined = true;
+    }
+
+private:
+    void join(const uint8_t* lengths) {
+        for (int look = 0; look < 1 << kPeek; look++) {
+            Step all{};
+            while (all.bits < kPeek && all.forward < kEndOfBlock) {
+                int next = look << all.bits & ((1 << kPeek) - 1);
+                if (!lengths[next] || all.bits + lengths[next] > kPeek) break;
+                all.bits += looks[next].first.bits;
+                all.forward += looks[next].first.forward;
+            }
+            looks[look].all = all;
+        }
     }
 };
 
@@ -99,7 +124,7 @@ private:
 
 bool next_step(Bits& bits, const Huffman& codes, Step& step) {
     bits.fill();
-    step = codes.fast[bits.peek(kPeek)];
+    step = codes.looks[bits.peek(kPeek)].first;
     if (step.bits) {
         bits.skip(step.bits);
         return true;
@@ -122,7 +147,13 @@ bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac) {
     if (!next_step(bits, dc, step)) return false;
     int k = 1;
     while (k < 64) {
-        if (!next_step(bits, ac, step)) return false;
+        bits.fill();
+        step = ac.looks[bits.peek(kPeek)].all;
+        // the last of several codes must belong to this block
+        if (step.bits && k + (step.forward & (kEndOfBlock - 1)) < 64)
+            bits.skip(step.bits);
+        else if (!next_step(bits, ac, step))
+            return false;
         k += step.forward;
     }
     return k == 64 || k >= kEndOfBlock;
