@@ -1,6 +1,7 @@
 #include "scan.h"
 
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -26,7 +27,11 @@ struct Huffman {
     int count;
 
     // From the counts by length and the symbols of a DHT segment. False where they make no code.
-    bool define(const uint8_t* counts, const uint8_t* values, bool dc) {
+    // A table is kept from image to image: most use the same ones.
+    bool define(const uint8_t* segment, size_t size, bool dc) {
+        if (made_of_size == size && !std::memcmp(made_of, segment, size)) return defined = true;
+        made_of_size = 0;
+        const uint8_t *counts = segment, *values = segment + 16;
         std::memset(looks, 0, sizeof looks);
         uint8_t lengths[1 << kPeek] = {};
         int32_t code = 0;
@@ -51,10 +56,15 @@ struct Huffman {
             code <<= 1;
         }
         if (!dc) join(lengths);
+        std::memcpy(made_of, segment, size);
+        made_of_size = size;
         return defined = true;
     }
 
 private:
+    uint8_t made_of[16 + 256];
+    size_t made_of_size = 0;
+
     void join(const uint8_t* lengths) {
         for (int look = 0; look < 1 << kPeek; look++) {
             Step all{};
@@ -69,57 +79,54 @@ private:
     }
 };
 
+// The bits of an interval between markers, without the zeros that are stuffed after each ff byte.
 class Bits {
 public:
-    Bits(const uint8_t* from, const uint8_t* end) : at_(from), end_(end) {}
-
-    // At least 32 bits in hand; zeros from where the data end or a marker stands.
+    explicit Bits(std::vector<uint8_t>& bytes) : bytes_(bytes) {}
+    // Takes in all up to the next marker, and returns where that stands; `end` where there is none.
+    const uint8_t* open(const uint8_t* from, const uint8_t* end) {
+        if (bytes_.size() < (size_t)(end - from) + kBeyond) bytes_.resize(end - from + kBeyond);
+        uint8_t* to = bytes_.data();
+        while (from < end) {
+            const uint8_t* ff = (const uint8_t*)std::memchr(from, 0xff, end - from);
+            size_t plain = (ff ? ff : end) - from;
+            std::memcpy(to, from, plain);
+            to += plain;
+            from += plain;
+            if (!ff || end - ff < 2 || ff[1] != 0) break;
+            *to++ = 0xff;
+            from += 2;
+        }
+        std::memset(to, 0, kBeyond);
+        at_ = bytes_.data();
+        end_ = to;
+        bits_ = 0;
+        count_ = 0;
+        return from;
+    }
+    // At least 56 bits in hand.
     void fill() {
-        if (count_ >= 32) return;
-        if (end_ - at_ >= 8) {
-            uint64_t next;
-            std::memcpy(&next, at_, 8);
-            uint64_t inverse = ~next;
-            if (!((inverse - 0x0101010101010101u) & ~inverse & 0x8080808080808080u)) {  // no byte is ff
-                bits_ |= __builtin_bswap64(next) >> count_;
-                at_ += (63 - count_) >> 3;
-                count_ |= 56;
-                return;
-            }
-        }
-        while (count_ <= 56) {
-            uint64_t byte = 0;
-            if (at_ < end_ && *at_ != 0xff) {
-                byte = *at_++;
-            } else if (end_ - at_ >= 2 && at_[1] == 0) {
-                byte = 0xff;
-                at_ += 2;
-            } else {
-                invented_ += 8;
-            }
-            bits_ |= byte << (56 - count_);
-            count_ += 8;
-        }
+        uint64_t next;
+        std::memcpy(&next, at_, 8);
+        bits_ |= __builtin_bswap64(next) >> count_;
+        at_ += (63 - count_) >> 3;
+        count_ |= 56;
     }
     uint32_t peek(int n) const { return (uint32_t)(bits_ >> (64 - n)); }
     void skip(int n) {
         bits_ <<= n;
         count_ -= n;
     }
-    // At the end of an interval only the padding of its last byte may be left. Returns where the marker stands.
-    const uint8_t* marker() {
-        int left = count_ - invented_;
-        if (left < 0 || left >= 8) return nullptr;
-        bits_ = 0;
-        count_ = invented_ = 0;
-        return at_;
-    }
-    void go_on(const uint8_t* from) { at_ = from; }
+    // Bits of the interval that have not been used; negative where it was too short.
+    int64_t left() const { return (end_ - at_) * 8 + count_; }
 
 private:
-    const uint8_t *at_, *end_;
+    // What a block and a refill can read past the end, if asked for `left` after each block.
+    static constexpr size_t kBeyond = 64 * 4 + 16;
+    std::vector<uint8_t>& bytes_;
+    const uint8_t *at_ = nullptr, *end_ = nullptr;
     uint64_t bits_ = 0;
-    int count_ = 0, invented_ = 0;
+    int count_ = 0;
 };
 
 bool next_step(Bits& bits, const Huffman& codes, Step& step) {
@@ -142,21 +149,29 @@ bool next_step(Bits& bits, const Huffman& codes, Step& step) {
     return false;
 }
 
+// All codes that one look takes in, if they belong to the block of which k coefficients are known.
+inline bool several_steps(Bits& bits, const Huffman& codes, int& k) {
+    Step step = codes.looks[bits.peek(kPeek)].all;
+    if (!step.bits || k + (step.forward & (kEndOfBlock - 1)) >= 64) return false;
+    bits.skip(step.bits);
+    k += step.forward;
+    return true;
+}
+
 bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac) {
     Step step;
     if (!next_step(bits, dc, step)) return false;
     int k = 1;
     while (k < 64) {
         bits.fill();
-        step = ac.looks[bits.peek(kPeek)].all;
-        // the last of several codes must belong to this block
-        if (step.bits && k + (step.forward & (kEndOfBlock - 1)) < 64)
-            bits.skip(step.bits);
-        else if (!next_step(bits, ac, step))
-            return false;
-        k += step.forward;
+        if (several_steps(bits, ac, k)) {
+            if (k < 64) several_steps(bits, ac, k);  // what was filled is enough for two looks
+        } else {
+            if (!next_step(bits, ac, step)) return false;
+            k += step.forward;
+        }
     }
-    return k == 64 || k >= kEndOfBlock;
+    return (k == 64 || k >= kEndOfBlock) && bits.left() >= 0;
 }
 
 struct Component {
@@ -170,13 +185,17 @@ struct Frame {
     Huffman dc[4], ac[4];
     bool quantised[4] = {};
 
+    void reset() {
+        width = height = count = interval = 0;
+        for (int slot = 0; slot < 4; slot++) dc[slot].defined = ac[slot].defined = quantised[slot] = false;
+    }
     bool tables(const uint8_t* body, size_t size) {
         while (size >= 17) {
             int total = 0, slot = body[0] & 15;
             for (int i = 1; i <= 16; i++) total += body[i];
             if (slot > 3 || body[0] >> 4 > 1 || total > 256 || size < 17u + total) return false;
             bool is_dc = body[0] >> 4 == 0;
-            if (!(is_dc ? dc : ac)[slot].define(body + 1, body + 17, is_dc)) return false;
+            if (!(is_dc ? dc : ac)[slot].define(body + 1, 16 + total, is_dc)) return false;
             body += 17 + total;
             size -= 17 + total;
         }
@@ -227,13 +246,17 @@ struct Frame {
             tallest = components[c].down > tallest ? components[c].down : tallest;
         }
         int64_t units = (int64_t)((width + 8 * widest - 1) / (8 * widest)) * ((height + 8 * tallest - 1) / (8 * tallest));
-        Bits bits(from, end);
+        static thread_local std::vector<uint8_t> bytes;
+        Bits bits(bytes);
+        const uint8_t* marker = bits.open(from, end);
+        auto ends_with = [&](uint8_t code) {  // only the padding of its last byte may be left of an interval
+            return bits.left() < 8 && end - marker >= 2 && marker[0] == 0xff && marker[1] == code;
+        };
         int restarts = 0;
         for (int64_t unit = 0; unit < units; unit++) {
             if (interval && unit && unit % interval == 0) {
-                const uint8_t* marker = bits.marker();
-                if (!marker || end - marker < 2 || marker[0] != 0xff || marker[1] != 0xd0 + restarts++ % 8) return false;
-                bits.go_on(marker + 2);
+                if (!ends_with(0xd0 + restarts++ % 8)) return false;
+                marker = bits.open(marker + 2, end);
             }
             for (int c = 0; c < count; c++) {
                 int blocks = count == 1 ? 1 : components[c].across * components[c].down;
@@ -241,8 +264,7 @@ struct Frame {
                     if (!read_block(bits, *components[c].dc, *components[c].ac)) return false;
             }
         }
-        const uint8_t* marker = bits.marker();
-        return marker && end - marker >= 2 && marker[0] == 0xff && marker[1] == 0xd9;
+        return ends_with(0xd9);
     }
 };
 
@@ -251,7 +273,7 @@ struct Frame {
 bool is_whole_baseline_jpeg(const uint8_t* data, size_t size) {
     if (size < 4 || data[0] != 0xff || data[1] != 0xd8) return false;
     static thread_local Frame frame;
-    frame = Frame();
+    frame.reset();
     for (size_t at = 2; at + 4 <= size;) {
         if (data[at] != 0xff) return false;
         size_t length = (size_t)data[at + 2] << 8 | data[at + 3];
