@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except UserError as error:
-        messages.print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
+        messages.print(f"[bold red]error:[/] {escape(error)}")
         sys.exit(2)
     except DataError as error:
-        messages.print(f"[bold red]failed:[/] {escape(error)}", soft_wrap=True)
+        messages.print(f"[bold red]failed:[/] {escape(error)}")
         sys.exit(1)
 
 

@@ -253,7 +253,7 @@ def _show_findings(findings: Any) -> None:
         "; ".join(f"{name}: {value}" for name, value in findings.facts.items()), markup=False, soft_wrap=True
     )
     for warning in findings.warnings:
-        messages.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        messages.print(f"warning: {warning}", markup=False)
 
 
 def _need_slurm(local: bool) -> None:
@@ -273,7 +273,7 @@ def _show_plan(
     text = describe_local(cluster, path) if local else script.text(runs)
     refusal = None if local else ask_sbatch(script, runs)
     if refusal:
-        messages.print(f"warning: sbatch would refuse this: {refusal}", markup=False, soft_wrap=True)
+        messages.print(f"warning: sbatch would refuse this: {refusal}", markup=False)
     if as_json:
         print_json({"run": str(path), "script": text, "refusal": refusal})
     else:

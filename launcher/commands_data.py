@@ -54,7 +54,7 @@ def convert(
         print_json(asdict(report))
         return
     for skipped in report.skipped:
-        messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False, soft_wrap=True)
+        messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False)
     rate = report.written / max(report.seconds, 1e-9)
     print(
         f"{report.output}: {report.written} images, {len(report.skipped)} skipped, {report.bytes / 1e6:.1f} MB, "

@@ -54,7 +54,7 @@ def train(
     if status == 0:
         _show_progress(run.path, resolved)
     elif status == EXIT_STOPPED:
-        messages.print(f"stopped at a step boundary; continue with: mokd train {config} --resume", markup=False)
+        messages.print("stopped at a step boundary; the same command with --resume continues there")
     raise typer.Exit(status)
 
 

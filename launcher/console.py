@@ -16,7 +16,7 @@ from rich.table import Table
 from data_pipeline.errors import UserError
 
 # everything that is not the answer itself goes to stderr
-messages = Console(stderr=True, highlight=False)
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def find_config(name: str) -> Path:
