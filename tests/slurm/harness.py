@@ -201,6 +201,17 @@ def logged_steps(run: RunDirectory) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
+def losses_by_step(run: RunDirectory) -> dict[tuple[int, str], float]:
+    """Every branch's total loss at every step."""
+    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    return {
+        (record["step"], key): value
+        for record in records
+        for key, value in record.items()
+        if key.startswith("loss/") and key.endswith("/total")
+    }
+
+
 def board_steps(run: RunDirectory) -> list[int]:
     """The steps that TensorBoard shows for a loss, each as often as it shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -257,14 +268,14 @@ def lost_steps(run: RunDirectory) -> list[int]:
 
 
 def children(cluster: Cluster, node: str) -> list[Process]:
-    """The slurmstepd of a node's steps; they outlive its slurmd."""
-    found = []
+    """The slurmstepd of a node's steps: they write to its log, and outlive its slurmd."""
+    found, log = [], cluster.state / "log" / f"slurmd-{node}.log"
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            command = (entry / "cmdline").read_bytes()
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
+            if (entry / "cmdline").read_bytes().startswith(b"slurmstepd") and any(
+                file.readlink() == log for file in (entry / "fd").iterdir()
+            ):
+                found.append(Process.of(int(entry.name)))
+        except OSError:  # gone meanwhile
             continue
-        if command.startswith(b"slurmstepd") and parent == cluster.pid(node):
-            found.append(Process.of(int(entry.name)))
     return found
