@@ -8,7 +8,7 @@ NODES  ?= 1
 NPROC  ?= 2
 ARGS   ?=
 
-.PHONY: help setup demo test lint bench launch train eval convert slurm-up slurm-down faults clean
+.PHONY: help setup demo demo-data test lint bench launch train eval convert slurm-up slurm-down faults clean
 
 help:
 	@echo 'make demo                                   install, then train a small pair end to end (DATA=folder for your images)'
@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py tools/setup $(wildcard data_pi
 demo: setup
 	@tools/demo '$(MOKD)' '$(DATA)' '$(NPROC)'
 
+demo-data: setup
+	@tools/demo_data '$(MOKD)' '' > /dev/null
+
 test: lint
 	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
 
@@ -47,7 +50,7 @@ convert: setup
 train: setup
 	$(MOKD) train '$(CONFIG)' --nproc '$(NPROC)' $(ARGS)
 
-launch: setup
+launch: setup $(if $(filter demo demo.yaml,$(notdir $(CONFIG))),demo-data)
 	$(MOKD) launch '$(CONFIG)' --nodes '$(NODES)' $(ARGS)
 
 eval: setup
