@@ -130,9 +130,9 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Every rank's tensor, by rank: `[world size, ...]`; all of one shape. A leading 1 in a single process."""
     if not dist.is_initialized():
         return tensor.unsqueeze(0)
-    gathered = tensor.new_empty(world_size(), *tensor.shape)
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
-    return gathered
+    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())  # gloo wants the parts one after the other
+    return gathered.unflatten(0, (-1, tensor.shape[0]))
 
 
 def barrier() -> None:
