@@ -152,6 +152,10 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
         return f"{source}: {key}: required, but not given{tail}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     given = first["input"]
+    if first["type"] == "union_tag_invalid":  # pydantic points at the section, not at the key that chooses its kind
+        context = first["ctx"]
+        key = f"{key}.{context['discriminator'].strip(chr(39))}"
+        given, message = context["tag"], context["expected_tags"].replace(", ", " or ")
     if first["type"] == "value_error" and isinstance(given, dict):
         return f"{source}: {key}: {message}{tail}"
     text = json.dumps(given, default=str)
@@ -162,8 +166,9 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
 def _complete(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
     """`raw` with short forms written out and partly given sections filled up from their defaults.
 
-    `section: name` stands for `section: {kind: name}`; a section that has a default as a whole keeps what the
-    file does not mention, so that `views.local_crops.count=4` changes the count and nothing else.
+    `section: name` stands for `section: {kind: name}`, and a section of several kinds that names none is of its
+    default's; a section that has a default as a whole keeps what the file does not mention, so that
+    `views.local_crops.count=4` changes the count and nothing else.
     """
     result = dict(raw)
     for key, value in raw.items():
@@ -177,6 +182,8 @@ def _complete(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
             base = default.model_dump(mode="json", by_alias=True) if isinstance(default, BaseModel) else {}
             filled = _complete(field.annotation, value)
             result[key] = {**base, **filled}
+        elif isinstance(value, dict) and field.discriminator and isinstance(field.default, BaseModel):
+            result[key] = {field.discriminator: getattr(field.default, field.discriminator), **value}
     return result
 
 

@@ -8,22 +8,19 @@ from mokd.config import RunConfig
 
 # fp32 weights and gradients of the student, weights of its teacher, and the optimiser's state beside them
 BYTES_PER_PARAMETER = {"sgd": 4 + 4 + 4 + 4, "adamw": 4 + 4 + 4 + 8}
-# logits of the students are kept for the backward pass with their log-softmax and gradient, in fp32
-BYTES_PER_LOGIT = 3 * 4
 # what the layers keep beside their outputs: inputs of normalisations, dropped paths, workspaces
 OVERHEAD = 1.5
 CONTEXT_BYTES = 2**30
 
 
 def estimate_bytes(config: RunConfig, world_size: int) -> int:
-    """Bytes per GPU: weights and states of every branch, activations of the student, logits, CUDA's own."""
+    """Bytes per GPU: weights and states of every branch, activations of the student, losses, CUDA's own."""
     import torch
 
     from mokd.objective import build_objective
 
     images = config.optim.global_batch // world_size
     element = 2 if config.precision.compute == "bf16" else 4
-    views = config.views.count
     total = float(CONTEXT_BYTES)
     with torch.device("meta"):
         objective = build_objective(config, torch.device("meta"))
@@ -35,8 +32,7 @@ def estimate_bytes(config: RunConfig, world_size: int) -> int:
             for group in config.views.groups:
                 outputs = _output_elements(student.backbone, images, group.size_px)
                 total += outputs * group.count * element * OVERHEAD
-            # the class token through the MLP head, and the T-Head's answer, for every view
-            total += 2 * views * images * config.objective.prototypes * BYTES_PER_LOGIT
+        total += objective.loss_bytes(images)
     return int(total)
 
 

@@ -17,6 +17,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from data_pipeline.config import ViewsConfig
 from data_pipeline.errors import UserError
 from mokd.config import BranchConfig
 from mokd.drop_path import SampleDropPath
@@ -117,6 +118,21 @@ def build_backbone(config: BranchConfig, image_px: int, *, drop_path: float, ima
             if isinstance(child, DropPath):
                 setattr(parent, name, SampleDropPath(float(child.drop_prob or 0.0), images_per_rank))
     return Backbone(net)
+
+
+def build_for_views(
+    config: BranchConfig, views: ViewsConfig, *, student: bool, images_per_rank: int
+) -> tuple[Backbone, BackboneShapes]:
+    """The backbone of a branch's student (with stochastic depth) or teacher, with the weights of `init` if given, and
+    the sizes of what it says of every view.
+    """
+    global_px = views.global_crops.size_px
+    shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups])
+    drop_path = config.drop_path if student else 0.0
+    backbone = build_backbone(config, global_px, drop_path=drop_path, images_per_rank=images_per_rank)
+    if config.init is not None:
+        load_weights(backbone, config.init, f"branches.{config.name}")
+    return backbone, shapes
 
 
 def measure_shapes(config: BranchConfig, image_px: int, crop_sizes_px: Iterable[int]) -> BackboneShapes:

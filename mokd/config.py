@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline import schema
 from data_pipeline.config import DataConfig, ViewsConfig
+from data_pipeline.errors import UserError
 from data_pipeline.schema import PositiveFloat, PositiveInt, Probability, StrictModel
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -102,7 +103,17 @@ class TermsConfig(StrictModel):
     cross_search: bool = True
 
 
-class DinoConfig(StrictModel):
+class ObjectiveConfig(StrictModel):
+    """What the sections of all objectives have in common: each knows what it asks of the rest of a run."""
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError when another section of the configuration does not suit this objective."""
+
+    def check_samples(self, samples: int) -> None:
+        """UserError when so many training images do not suit this objective."""
+
+
+class DinoConfig(ObjectiveConfig):
     """The four distillation terms over prototypes (method of the paper)."""
 
     kind: Literal["dino"] = "dino"
@@ -119,6 +130,62 @@ class DinoConfig(StrictModel):
         if self.prototypes < 2:
             raise ValueError("prototypes: at least 2, or every softmax is constant")
         return self
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError when the search has no local views to search for."""
+        if self.terms.cross_search and len(run.branches) > 1 and not run.views.local_crops.count:
+            raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
+
+
+class ProjectionConfig(StrictModel):
+    """Linear layers with GELU between, over the pooled feature and over every position of the dense ones."""
+
+    layers: PositiveInt = 2
+    hidden: PositiveInt = 2048
+
+
+class BankConfig(StrictModel):
+    """The memory bank of a branch: the newest keys of its teacher, negatives for the queries."""
+
+    size: PositiveInt = 65536
+    storage: Literal["fp32", "bf16"] = "fp32"
+
+
+class ContrastiveConfig(ObjectiveConfig):
+    """InfoNCE against memory banks; cross-distillation by feature extraction, matching and alignment."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    width: Annotated[PositiveInt, Field(description="D, of queries and keys")] = 128
+    projection: ProjectionConfig = ProjectionConfig()
+    bank: BankConfig = BankConfig()
+    temperature: PositiveFloat = 0.07
+    cross_weight: Annotated[NonNegativeFloat, Field(description="beta; 0 leaves the cross terms out")] = 0.01
+    residual_weight: Annotated[NonNegativeFloat, Field(description="lambda, of the other teacher's projection")] = 0.5
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError unless there are two views of one size and the bank takes the keys of a step."""
+        if (run.views.global_crops.count, run.views.local_crops.count) != (2, 0):
+            raise ValueError(
+                "objective contrastive: has two views of an image; "
+                "set views.global_crops.count to 2 and views.local_crops.count to 0"
+            )
+        keys = 2 * run.optim.global_batch
+        if self.bank.size < keys:
+            raise ValueError(
+                f"objective.bank.size: {self.bank.size}, but a step brings {keys} keys, "
+                "two for every image of optim.global_batch"
+            )
+
+    def check_samples(self, samples: int) -> None:
+        """UserError when the bank would hold the former keys of the very images that a query is compared with."""
+        if self.bank.size > 2 * samples:
+            raise UserError(
+                f"objective.bank.size: {self.bank.size}, but {samples} images bring {2 * samples} keys an epoch, so "
+                f"that every image would meet its own as negatives; use at most {2 * samples}, better a tenth of it"
+            )
+
+
+AnyObjectiveConfig = Annotated[DinoConfig | ContrastiveConfig, Field(discriminator="kind")]
 
 
 class OptimConfig(StrictModel):
@@ -198,7 +265,7 @@ class RunConfig(StrictModel):
 
     name: str
     seed: NonNegativeInt = 0
-    objective: DinoConfig = DinoConfig()
+    objective: AnyObjectiveConfig = DinoConfig()
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
     branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
@@ -222,9 +289,7 @@ class RunConfig(StrictModel):
         names = [branch.name for branch in self.branches]
         if len(set(names)) < len(names):
             raise ValueError(f"branches: names must differ, given {', '.join(names)}")
-        search = self.objective.terms.cross_search and len(names) > 1
-        if search and not self.views.local_crops.count:
-            raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
+        self.objective.check_run(self)
         return self
 
     @property

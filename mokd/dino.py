@@ -20,6 +20,8 @@ from mokd.network import HeadOutput, NetworkOutput, build_network
 from mokd.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
+# logits of the students are kept for the backward pass with their log-softmax and gradient, in fp32
+BYTES_PER_LOGIT = 3 * 4
 
 
 class DinoObjective:
@@ -147,6 +149,11 @@ class DinoObjective:
         """Restores the centres."""
         for key, center in self.state_tensors().items():
             center.copy_(tensors[key])
+
+    def loss_bytes(self, images_per_rank: int) -> int:
+        """The logits of both heads for every view of every branch."""
+        rows = len(self.names) * len(HEADS) * self.views.count * images_per_rank
+        return rows * self.config.prototypes * BYTES_PER_LOGIT
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

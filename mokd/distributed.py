@@ -114,11 +114,25 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def world_size() -> int:
+    """Ranks in the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over all ranks in place and returns it; itself in a single process."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor, by rank: `[world size, ...]`; all of one shape. A leading 1 in a single process."""
+    if not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())  # gloo wants the parts one after the other
+    return gathered.unflatten(0, (-1, tensor.shape[0]))
 
 
 def barrier() -> None:

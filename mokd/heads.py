@@ -5,6 +5,7 @@ Shape letters: B rows, N tokens, d width of the T-Head, C width before the proto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mokd.backbones import BackboneShapes, Features
 from mokd.config import MlpHeadConfig, THeadConfig
+from mokd.losses import at_least_fp32
 
 
 def init_linear(module: nn.Module) -> None:
@@ -22,6 +24,23 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
+    """Linear layers from each width to the next, with GELU between, on request with BatchNorm before it."""
+    layers: list[nn.Module] = []
+    for i in range(len(widths) - 1):
+        if i:
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(widths[i]))
+            layers.append(nn.GELU())
+        layers.append(nn.Linear(widths[i], widths[i + 1]))
+    return nn.Sequential(*layers).apply(init_linear)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """`x` with its last dimension L2-normalised, in fp32 or better."""
+    return F.normalize(at_least_fp32(x), dim=-1)
 
 
 class Prototypes(nn.Module):
@@ -45,22 +64,12 @@ class MlpHead(nn.Module):
     def __init__(self, config: MlpHeadConfig, width: int, prototypes: int) -> None:
         super().__init__()
         widths = [width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
-        layers: list[nn.Module] = []
-        for i in range(config.layers):
-            layers.append(nn.Linear(widths[i], widths[i + 1]))
-            if i + 1 < config.layers:
-                if config.batch_norm:
-                    layers.append(nn.BatchNorm1d(widths[i + 1]))
-                layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers)
-        self.mlp.apply(init_linear)
+        self.mlp = mlp(widths, batch_norm=config.batch_norm)
         self.last_layer = Prototypes(config.bottleneck, prototypes, train_gain=config.train_gain)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Unit vectors `[B, C]` for pooled features `[B, D]`."""
-        hidden = self.mlp(pooled)
-        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        return F.normalize(hidden, dim=-1)
+        return unit_vectors(self.mlp(pooled))
 
 
 class THead(nn.Module):

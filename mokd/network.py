@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import ViewsConfig
-from mokd.backbones import Backbone, build_backbone, load_weights, measure_shapes
+from mokd.backbones import Backbone, build_for_views
 from mokd.config import BranchConfig, DinoConfig
 from mokd.heads import MlpHead, THead
 
@@ -91,16 +91,11 @@ def build_network(
     config: BranchConfig, objective: DinoConfig, views: ViewsConfig, *, student: bool, images_per_rank: int
 ) -> Network:
     """A branch's student (with stochastic depth) or teacher, randomly initialised on the default device."""
-    global_px = views.global_crops.size_px
-    shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups])
-    drop_path = config.drop_path if student else 0.0
-    backbone = build_backbone(config, global_px, drop_path=drop_path, images_per_rank=images_per_rank)
-    if config.init is not None:
-        load_weights(backbone, config.init, f"branches.{config.name}")
+    backbone, shapes = build_for_views(config, views, student=student, images_per_rank=images_per_rank)
     return Network(
         backbone,
         MlpHead(config.mlp_head, shapes.pooled_width, objective.prototypes),
-        THead(objective.t_head, shapes, global_px, objective.prototypes),
+        THead(objective.t_head, shapes, views.global_crops.size_px, objective.prototypes),
     )
 
 

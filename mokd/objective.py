@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
 
 from mokd.branch import Branch, BranchLoss
-from mokd.config import BranchConfig, RunConfig
+from mokd.config import BranchConfig, ContrastiveConfig, DinoConfig, RunConfig
+from mokd.contrastive import ContrastiveObjective
 from mokd.dino import DinoObjective
 
 
@@ -36,7 +37,20 @@ class Objective(Protocol):
         """Restores what `state_tensors` gave."""
         ...
 
+    def loss_bytes(self, images_per_rank: int) -> int:
+        """Bytes on each rank, about, of what the losses keep for the backward pass and the objective from step to step;
+        for estimates ahead of a run.
+        """
+        ...
+
 
 def build_objective(config: RunConfig, device: torch.device) -> Objective:
     """The objective that `config.objective.kind` names."""
-    return DinoObjective(config.objective, config.views, [branch.name for branch in config.branches], device)
+    names = [branch.name for branch in config.branches]
+    match config.objective:
+        case DinoConfig():
+            return DinoObjective(config.objective, config.views, names, device)
+        case ContrastiveConfig():
+            return ContrastiveObjective(config.objective, config.views, names, device, config.seed)
+        case _:
+            assert_never(config.objective)

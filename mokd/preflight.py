@@ -29,6 +29,7 @@ def check(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"optim.global_batch: {config.optim.global_batch} images per step, but {config.data.train} holds {size}"
         )
+    config.objective.check_samples(size)
     if per_rank < 2 and world_size == 1:
         raise UserError("optim.global_batch: at least 2 images, BatchNorm has no variance over one")
     if config.evaluation.every_epochs:

@@ -36,6 +36,12 @@ VIT: dict[str, Any] = {
 }
 THIRD: dict[str, Any] = {**VIT, "name": "vit_wide", "backbone_options": {**VIT["backbone_options"], "embed_dim": 36}}
 
+# changes that turn `tiny` into a contrastive run; the 16 keys of a step do not divide the bank
+CONTRASTIVE: dict[str, Any] = {
+    "objective": {"kind": "contrastive", "width": 16, "projection": {"hidden": 32}, "bank": {"size": 40}},
+    "views__local_crops__count": 0,
+}
+
 
 def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
     """A configuration that trains two small networks in moments; `changes` are key paths with '__' for '.'."""
@@ -58,7 +64,7 @@ def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
         node = raw
         for part in above:
             node = node.setdefault(part, {})
-        node[key] = value
+        node[key] = copy.deepcopy(value)
     return raw
 
 

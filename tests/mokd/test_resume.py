@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from mokd.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
 from mokd.workers import supervise, train_locally
-from tests.support import ROOT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, ROOT, tiny_config
 
 STEPS = 12  # 5 steps an epoch: the interruption after step 7 lies inside the second epoch
 
@@ -30,16 +31,24 @@ def final_state(run: RunDirectory) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("backend", ["ffcv", "torchvision"])
+# the loaders are compared elsewhere: one world size is enough for the reference loader, one objective for each
+@pytest.mark.parametrize(
+    ("ranks", "changes", "memory"),
+    [
+        (1, {}, "center"),
+        (2, {}, "center"),
+        (1, {"data__backend": "torchvision"}, "center"),
+        (2, CONTRASTIVE, "bank"),
+        (1, {**CONTRASTIVE, "data__backend": "torchvision", "branches": [RESNET]}, "bank"),
+    ],
+    ids=["ffcv-1", "ffcv-2", "torchvision-1", "contrastive-2", "contrastive-solo-torchvision-1"],
+)
 def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
-    ranks: int, backend: str, beton: Path, tmp_path: Path
+    ranks: int, changes: dict[str, Any], memory: str, beton: Path, tmp_path: Path
 ) -> None:
-    if backend == "torchvision" and ranks == 2:
-        pytest.skip("the loaders are compared elsewhere; one world size is enough for the reference loader")
-    whole = run_directory(tmp_path / "whole", beton, data__backend=backend)
+    whole = run_directory(tmp_path / "whole", beton, **changes)
     assert train_locally(whole.path, ranks) == EXIT_DONE
-    cut = run_directory(tmp_path / "cut", beton, data__backend=backend)
+    cut = run_directory(tmp_path / "cut", beton, **changes)
     for stop_at in ("5", "7"):
         program = [sys.executable, "-m", "tests.programs.train_until", str(cut.path), stop_at]
         assert supervise(program, ranks) == EXIT_STOPPED
@@ -51,7 +60,7 @@ def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
     expected, found = final_state(whole), final_state(cut)
     assert expected.keys() == found.keys()
     parts = {key.split("/")[1].split(".")[0] for key in expected}
-    assert {"student", "teacher", "optimizer", "center"} <= parts
+    assert {"student", "teacher", "optimizer", memory} <= parts
     different = [key for key in expected if not torch.equal(expected[key], found[key])]
     assert different == []
     # the curves are the same too, every step once
@@ -60,7 +69,7 @@ def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
 
 def steps(run: RunDirectory) -> list[tuple[int, float]]:
     records = map(json.loads, run.metrics_file.read_text().splitlines())
-    return [(r["step"], r["loss/vit/total"]) for r in records if "loss/vit/total" in r]
+    return [(r["step"], r["loss/resnet/total"]) for r in records if "loss/resnet/total" in r]
 
 
 def test_sigterm_stops_at_a_step_boundary_and_resume_finishes(beton: Path, tmp_path: Path) -> None:

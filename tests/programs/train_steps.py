@@ -1,6 +1,6 @@
 """Two training steps in float64 on given images, in this rank; the first rank writes the state it ends in.
 
-usage: python -m tests.programs.train_steps OUTPUT.safetensors
+usage: python -m tests.programs.train_steps OUTPUT.safetensors dino|contrastive
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
 from mokd.parallel import parallelise
 from mokd.train import leave_at_once
-from tests.support import RESNET, THIRD, VIT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny_config
 
 BATCH, STEPS = 12, 2
 
 
-def main(output: str) -> None:
+def main(output: str, objective_kind: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     join(ranks, device, 240)
     resnet = {**RESNET, "mlp_head": {**RESNET["mlp_head"], "batch_norm": True}}
-    config = tiny_config(branches=[resnet, VIT, THIRD], optim__freeze_last_layer_epochs=0, optim__warmup_epochs=0)
+    config = tiny_config(
+        branches=[resnet, VIT, THIRD],
+        optim__freeze_last_layer_epochs=0,
+        optim__warmup_epochs=0,
+        **(CONTRASTIVE if objective_kind == "contrastive" else {}),
+    )
     objective = build_objective(config, device)
     objective.load_state_tensors({key: t.double() for key, t in objective.state_tensors().items()})
     own = BATCH // ranks.world_size
@@ -41,7 +46,8 @@ def main(output: str) -> None:
         branches.append(branch)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        views = [torch.randn(v, BATCH, 3, s, s, generator=generator) for v, s in ((2, 32), (3, 16))]
+        groups = [(group.count, group.size_px) for group in config.views.groups]
+        views = [torch.randn(v, BATCH, 3, s, s, generator=generator) for v, s in groups]
         mine = [view[:, ranks.rank * own : (ranks.rank + 1) * own] for view in views]
         torch.manual_seed(100 + step)  # stochastic depth
         for branch, loss in zip(branches, objective.losses(branches, mine, 0), strict=True):
@@ -58,5 +64,5 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])
     leave_at_once(0)
