@@ -7,11 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,14 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_from_main(value: T) -> T:
+    """The first rank's value on every rank; itself in a single process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def barrier() -> None:

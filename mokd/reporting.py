@@ -89,7 +89,8 @@ class Reporter:
         if self._config.evaluation.every_epochs is None:
             return
         began = time.perf_counter()
-        results = knn_of([b.teacher.backbone for b in branches], self._config, self._ranks, self._device)  # type: ignore[misc]
+        backbones = [branch.whole_teacher_backbone() for branch in branches]
+        results = knn_of(backbones, self._config, self._ranks, self._device)
         if self._ranks.is_main:
             best = {f"eval/{b.name}/knn_top1": max(r.top1 for r in rs) for b, rs in zip(branches, results, strict=True)}
             self._metrics.write({"step": step, **best})

@@ -16,7 +16,7 @@ from data_pipeline.loader import build_loader
 from mokd import checkpoint, state
 from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, barrier
+from mokd.distributed import Ranks, barrier, broadcast_from_main
 from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
 from mokd.parallel import parallelise
@@ -71,7 +71,7 @@ class Trainer:
         # seeded by name: a branch starts from the same weights in a pair and alone
         torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
         branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
-        parallelise(branch, self.config.parallel, self.device)
+        parallelise(branch, self.config.parallel, self.config.precision, self.device)
         branch.optimizer = BranchOptimizer(
             branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
         )
@@ -79,7 +79,8 @@ class Trainer:
 
     def _resume(self) -> int:
         """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
-        found = checkpoint.newest(self.run)
+        # one rank looks and verifies: the others take the same one, and read only what they need
+        found = broadcast_from_main(checkpoint.newest(self.run) if self.ranks.is_main else None)
         if found is None:
             return 0
         state.check_identity(found, self.identity)
@@ -139,6 +140,7 @@ class Trainer:
 
     def _update(self, branch: Branch) -> float:
         assert branch.optimizer is not None
+        branch.finish_gradients()
         rate = branch.optimizer.step(self.step)
         steps = self.config.optim.epochs * self.epoch_steps
         branch.update_teacher(cosine(self.step, steps, *self.config.optim.teacher_momentum))
@@ -175,14 +177,16 @@ class Trainer:
         return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
 
     def _save(self) -> bool:
-        """Publishes a checkpoint of the current step; every rank's state is the same, so the first writes it.
+        """Publishes a checkpoint of the current step; the first rank writes it, the others at most give their pieces.
 
         False where the disk is full: training goes on, but a run must not end without its last checkpoint.
         """
+        if not (self.ranks.is_main or state.is_sharded(self.branches)):
+            return True
+        snapshot = state.collect(self.branches, self.objective, main=self.ranks.is_main)
         if not self.ranks.is_main:
             return True
         self.report.flush()
-        snapshot = state.collect(self.branches, self.objective)
         facts = {"identity": self.identity, "epoch": self.step // self.epoch_steps, "world_size": self.ranks.world_size}
         if not checkpoint.publish(self.run, self.attempt, self.step, snapshot, facts):
             return False

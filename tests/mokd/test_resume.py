@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.schema import dump_yaml
 from mokd.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
 from mokd.workers import supervise, train_locally
 from tests.support import ROOT, tiny_config
@@ -30,16 +31,21 @@ def final_state(run: RunDirectory) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("backend", ["ffcv", "torchvision"])
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (1, {"data__backend": "torchvision"}),
+        (2, {}),
+        (2, {"parallel__strategy": "fsdp"}),
+    ],
+)
 def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
-    ranks: int, backend: str, beton: Path, tmp_path: Path
+    ranks: int, changes: dict[str, object], beton: Path, tmp_path: Path
 ) -> None:
-    if backend == "torchvision" and ranks == 2:
-        pytest.skip("the loaders are compared elsewhere; one world size is enough for the reference loader")
-    whole = run_directory(tmp_path / "whole", beton, data__backend=backend)
+    whole = run_directory(tmp_path / "whole", beton, **changes)
     assert train_locally(whole.path, ranks) == EXIT_DONE
-    cut = run_directory(tmp_path / "cut", beton, data__backend=backend)
+    cut = run_directory(tmp_path / "cut", beton, **changes)
     for stop_at in ("5", "7"):
         program = [sys.executable, "-m", "tests.programs.train_until", str(cut.path), stop_at]
         assert supervise(program, ranks) == EXIT_STOPPED
@@ -56,6 +62,27 @@ def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
     assert different == []
     # the curves are the same too, every step once
     assert steps(whole) == steps(cut)
+
+
+def test_checkpoints_go_between_strategies_and_world_sizes(beton: Path, tmp_path: Path) -> None:
+    """FSDP on 2 ranks, then one process, hybrid sharding on 4, DDP on 2: in float64 it is the run on one process."""
+
+    def stretch(run: RunDirectory, stop_at: int, ranks: int, **parallel: object) -> None:
+        config = tiny_config(beton, optim__max_steps=STEPS, checkpoint__keep_last=10, parallel=parallel)
+        run.config_file.write_text(dump_yaml(config))
+        program = [sys.executable, "-m", "tests.programs.train_until", str(run.path), str(stop_at), "float64"]
+        assert supervise(program, ranks) == (EXIT_DONE if stop_at == STEPS else EXIT_STOPPED)
+
+    whole, moved = run_directory(tmp_path / "whole", beton), run_directory(tmp_path / "moved", beton)
+    stretch(whole, STEPS, 1)
+    stretch(moved, 4, 2, strategy="fsdp")
+    stretch(moved, 7, 1)
+    stretch(moved, 10, 4, strategy="fsdp", shard_group_size=2)
+    stretch(moved, STEPS, 2, strategy="ddp")
+    expected, found = final_state(whole), final_state(moved)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def steps(run: RunDirectory) -> list[tuple[int, float]]:
