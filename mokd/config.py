@@ -166,6 +166,9 @@ class CheckpointConfig(StrictModel):
     """When state is saved and what is kept."""
 
     every_steps: Annotated[PositiveInt | None, Field(description="default: once an epoch")] = None
+    asynchronous: Annotated[bool, Field(description="train on while a thread writes; costs a copy in host memory")] = (
+        True
+    )
     keep_last: PositiveInt = 2
     keep_every_steps: Annotated[PositiveInt | None, Field(description="never prune steps divisible by this")] = None
 

@@ -62,10 +62,17 @@ def _copy_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor
     copies = {}
     for name, tensor in tensors.items():
         assembled = sharding.whole(tensor.detach())
-        if keep:
+        if not keep:
+            continue
+        if assembled.device.type == "cuda":
+            # page-locked memory is several times as fast to copy to; torch keeps it for the next save
+            copies[name] = torch.empty(assembled.shape, dtype=assembled.dtype, pin_memory=True)
+            copies[name].copy_(assembled, non_blocking=True)
+        else:
             # what was put together on a CPU is a copy already
-            fresh = sharding.is_sharded(tensor)
-            copies[name] = assembled.to("cpu", copy=not fresh).contiguous()
+            copies[name] = assembled.to(copy=not sharding.is_sharded(tensor)).contiguous()
+    if keep and torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
     return copies
 
 
