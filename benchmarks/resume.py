@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -13,74 +12,78 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.schema import dump_yaml
+from mokd import environment
 from mokd.config import RunConfig
+from mokd.metrics import read_metrics
 from mokd.run_directory import EXIT_DONE, RunDirectory
 
-SAVES = 5
-STEPS = 2
+SAVES, EVERY = 6, 3  # measured saves, and steps between two
+STEPS = (SAVES + 1) * EVERY  # the last save is waited for, in either mode, and does not count
 
 
-def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures one rank of `config` on this machine.
+def run(config: RunConfig, folder: Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains one rank of `config` for real, twice, and resumes it. `folder` is where checkpoints go.
 
-    `sync` is a whole save: copy to host memory, write, fsync, rename. `async` is the copy alone, which is what a save
-    in the background leaves of it. `first_step_seconds` runs from the start of the process to the end of the first step
-    after the checkpoint.
+    save_stall_seconds: the median time between two steps that a save has taken, written in the loop (sync) and by a
+    thread (async). Training is as it is: with a thread still busy at the next save, that one waits for it.
+    first_step_seconds: from the start of the process to the end of the first step after the checkpoint.
+    checkpoint_bytes: all files of one.
     """
-    with tempfile.TemporaryDirectory(prefix="mokd-bench-") as folder:
-        say(f"training {STEPS} steps, then {SAVES} saves")
-        directory = RunDirectory.create(Path(folder) / "run", _changed(config, STEPS))
-        saves = _save_times(directory)
+    with tempfile.TemporaryDirectory(prefix="mokd-bench-", dir=folder) as scratch:
+        stalls, runs = {}, {}
+        for name, asynchronous in (("sync", False), ("async", True)):
+            say(f"{STEPS} steps, a save every {EVERY}: {name}")
+            runs[name] = RunDirectory.create(Path(scratch) / name, _changed(config, STEPS, asynchronous))
+            _train(runs[name])
+            stalls[name] = [r["save_stall_seconds"] for r in read_metrics(runs[name].metrics_file) if _stood_still(r)]
         say("resuming")
-        first_step = _first_step_seconds(directory, config)
-        newest = directory.checkpoints / f"step-{STEPS}"
+        first_step = _first_step_seconds(runs["async"], config)
+        newest = runs["sync"].checkpoints / f"step-{STEPS}"
         size = sum(path.stat().st_size for path in newest.iterdir())
     return {
-        "save_stall_seconds": {name: round(statistics.median(times), 4) for name, times in saves.items()},
+        "save_stall_seconds": {name: round(statistics.median(times), 4) for name, times in stalls.items()},
         "first_step_seconds": round(first_step, 2),
         "checkpoint_bytes": size,
+        "measurements": {name: [round(seconds, 4) for seconds in times] for name, times in stalls.items()},
+        "machine": environment.describe(),
     }
 
 
-def _changed(config: RunConfig, steps: int) -> RunConfig:
-    logging = config.logging.model_copy(update={"every_steps": 1, "tensorboard": False})
-    evaluation = config.evaluation.model_copy(update={"every_epochs": None})
-    optim = config.optim.model_copy(update={"max_steps": steps})
-    return config.model_copy(update={"logging": logging, "evaluation": evaluation, "optim": optim})
+def _stood_still(record: dict[str, Any]) -> bool:
+    return "save_stall_seconds" in record
 
 
-def _save_times(directory: RunDirectory) -> dict[str, list[float]]:
-    from mokd import checkpoint, state
-    from mokd.distributed import Ranks, pick_device
-    from mokd.stopping import StopRequest
-    from mokd.trainer import Trainer
+def _changed(config: RunConfig, steps: int, asynchronous: bool) -> RunConfig:
+    sections = {
+        "logging": {"every_steps": 1, "tensorboard": False},
+        "evaluation": {"every_epochs": None},
+        "optim": {"max_steps": steps, "epochs": max(config.optim.epochs, STEPS + 1)},
+        "checkpoint": {"every_steps": EVERY, "asynchronous": asynchronous, "keep_last": 1},
+    }
+    changed = {name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
+    return config.model_copy(update=changed)
 
-    ranks, attempt = Ranks(), directory.claim_attempt()
-    trainer = Trainer(directory, directory.config(), ranks, pick_device(ranks), StopRequest(), attempt)
-    trainer.fit()
-    times: dict[str, list[float]] = {"sync": [], "async": []}
-    for number in range(SAVES):
-        began = time.perf_counter()
-        snapshot = state.collect(trainer.branches, trainer.objective)
-        times["async"].append(time.perf_counter() - began)
-        beside = RunDirectory(directory.path.with_name(f"save-{number}"))
-        beside.path.mkdir()
-        own = beside.claim_attempt()
-        checkpoint.publish(beside, own, STEPS, snapshot, {"identity": trainer.identity})
-        times["sync"].append(time.perf_counter() - began)
-    return times
+
+def _start(directory: RunDirectory) -> subprocess.Popen[bytes]:
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_STEP_ID")}
+    command = [sys.executable, "-m", "mokd.train", str(directory.path)]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _train(directory: RunDirectory) -> None:
+    process = _start(directory)
+    _, errors = process.communicate()
+    if process.returncode != EXIT_DONE:
+        raise RuntimeError(errors.decode(errors="replace").strip().splitlines()[-1])
 
 
 def _first_step_seconds(directory: RunDirectory, config: RunConfig) -> float:
-    from data_pipeline.schema import dump_yaml
-
-    directory.config_file.write_text(dump_yaml(_changed(config, STEPS + 1)))
-    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_STEP_ID")}
+    directory.config_file.write_text(dump_yaml(_changed(config, STEPS + 1, True)))
     began = time.time()
-    command = [sys.executable, "-m", "mokd.train", str(directory.path)]
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = _start(directory)
     try:
-        while not _has_step(directory, STEPS + 1):
+        while read_metrics(directory.metrics_file)[-1]["step"] <= STEPS:
             if process.poll() not in (None, EXIT_DONE):
                 assert process.stderr is not None
                 raise RuntimeError(process.stderr.read().decode(errors="replace").strip().splitlines()[-1])
@@ -88,11 +91,3 @@ def _first_step_seconds(directory: RunDirectory, config: RunConfig) -> float:
         return time.time() - began
     finally:
         process.communicate()
-
-
-def _has_step(directory: RunDirectory, step: int) -> bool:
-    try:
-        lines = directory.metrics_file.read_text(encoding="utf-8").splitlines()
-        return any(json.loads(line).get("step", 0) >= step for line in lines[-2:])
-    except (OSError, ValueError):
-        return False

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.errors import UserError
-from launcher.console import messages, print_json, print_table
+from launcher.console import find_config, messages, print_json, print_table
+from mokd.config import load_config
+from mokd.preflight import check
 
 ROOT = Path(__file__).resolve().parents[1]
 
-bench = typer.Typer(help="Measure this machine: loaders, conversion.", no_args_is_help=True)
+bench = typer.Typer(help="Measure this machine: loaders, conversion, saving and resuming.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +34,12 @@ def benchmark_module(name: str) -> Any:
     return importlib.import_module(f"benchmarks.{name}")
 
 
+def _record(name: str, result: dict[str, Any]) -> None:
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 @bench.command(epilog="Example: mokd bench data --images imagenet/val --json")
 def data(
     images: Annotated[Path, typer.Option(help="folder of JPEGs to measure with")] = Path(".data/imagenet_sample"),
@@ -46,13 +54,36 @@ def data(
     effort = benchmark.QUICK if quick else benchmark.Effort()
     result = benchmark.run(images, effort, lambda line: messages.print(line, markup=False))
     if record:
-        folder = ROOT / "benchmarks"
-        (folder / "results").mkdir(exist_ok=True)
-        (folder / "results" / "data.json").write_text(json.dumps(result, indent=1) + "\n")
-        benchmark_module("data_plot").plot(result, folder / "data.png")
+        _record("data", result)
+        benchmark_module("data_plot").plot(result, ROOT / "benchmarks" / "data.png")
     if as_json:
         print_json(result)
         return
     rates = [[name, f"{rate:,.0f}"] for name, rate in result["images_per_second"].items()]
     print_table("images per second", ["contender", "median"], rates)
     print_table("ratios", ["what", "times"], [[name, f"{ratio:.2f}"] for name, ratio in result["ratios"].items()])
+
+
+@bench.command(epilog="Example: mokd bench resume demo.yaml --json")
+def resume(
+    config: Annotated[str, typer.Argument(help="configuration to train with, as for `mokd train`")] = "demo.yaml",
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    folder: Annotated[Path | None, typer.Option(help="where to save, to measure its disk; default: temporary")] = None,
+    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """How long training stands still for a save, and from the start of a resumed run to its first step."""
+    run_config = load_config(find_config(config), overrides or [])
+    check(run_config, 1)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    result = benchmark_module("resume").run(run_config, folder, lambda line: messages.print(line, markup=False))
+    if record:
+        _record("resume", result)
+    if as_json:
+        print_json(result)
+        return
+    rows = [[f"save, {name}", f"{seconds:.3f} s"] for name, seconds in result["save_stall_seconds"].items()]
+    rows.append(["resumed, first step", f"{result['first_step_seconds']:.1f} s"])
+    rows.append(["checkpoint", f"{result['checkpoint_bytes'] / 2**20:.1f} MiB"])
+    print_table("training stands still for", ["what", "median"], rows)

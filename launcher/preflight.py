@@ -38,7 +38,7 @@ def examine(config: RunConfig, cluster: ClusterConfig, root: Path, run: RunDirec
     check(config, cluster.world_size)
     _check_output(root, findings)
     _check_paths(config, findings)
-    _check_lead(cluster, run, findings)
+    _check_lead(config, cluster, run, findings)
     findings.facts["world size"] = f"{cluster.nodes} nodes x {cluster.ranks_per_node} ranks"
     findings.facts["images per rank and step"] = str(config.optim.global_batch // cluster.world_size)
     if cluster.gpus_per_node:
@@ -82,19 +82,27 @@ def _check_paths(config: RunConfig, findings: Findings) -> None:
             findings.warnings.append(f"{path}: lies on this machine alone, other nodes may not see it")
 
 
-def _check_lead(cluster: ClusterConfig, run: RunDirectory | None, findings: Findings) -> None:
+def _check_lead(config: RunConfig, cluster: ClusterConfig, run: RunDirectory | None, findings: Findings) -> None:
     measured = measured_save_seconds(run) if run else None
-    if measured is not None and measured + STOP_OVERHEAD_SECONDS > cluster.signal_lead_seconds:
+    if measured is None:
+        return
+    # a stop may come while a save in the background has just begun, and waits for it first
+    needed = measured * (2 if config.checkpoint.asynchronous else 1) + STOP_OVERHEAD_SECONDS
+    if needed > cluster.signal_lead_seconds:
         findings.warnings.append(
             f"cluster.signal_lead_seconds: {cluster.signal_lead_seconds}, but a save of this run took {measured:.0f}; "
-            f"give it at least {measured + STOP_OVERHEAD_SECONDS:.0f}"
+            f"give it at least {needed:.0f}"
         )
 
 
 def measured_save_seconds(run: RunDirectory) -> float | None:
-    """How long the newest save took, by the times of its files; None before the first."""
+    """How long the newest save took: the copy to host memory, and by the times of its files the rest.
+
+    None before the first. A save at a stop is waited for, asynchronous or not.
+    """
     folder = run.checkpoints / f"step-{checkpoint_step(run)}"
-    if read_json(folder / "state.json") is None:
+    state = read_json(folder / "state.json")
+    if state is None:
         return None
     times = [path.stat().st_mtime for path in folder.iterdir()]
-    return max(times) - min(times)
+    return float(state.get("copy_seconds", 0.0)) + max(times) - min(times)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mokd.backbones import Backbone
 from mokd.config import BranchConfig
 from mokd.optim import BranchOptimizer
+from mokd.sharding import piece
 
 
 @dataclass
@@ -29,8 +31,9 @@ class BranchLoss:
 class Branch:
     """One network under training.
 
-    student, teacher: the bare modules, as saved and evaluated. `forward_student` is the student as the parallelism
-    wraps it; training calls that one.
+    student, teacher: the bare modules, as saved. The rest is what the parallelism wraps or replaces: `forward_student`
+    is the student as training calls it, `finish_gradients` completes the mean over ranks after the last backward pass,
+    and `whole_teacher_backbone` gives what evaluations run.
     """
 
     def __init__(self, config: BranchConfig, student: nn.Module, teacher: nn.Module) -> None:
@@ -44,9 +47,12 @@ class Branch:
         self.student.train()
         self.teacher.train()
         self.forward_student: Callable[..., Any] = student
+        self.finish_gradients: Callable[[], None] = lambda: None
+        self.whole_teacher_backbone: Callable[[], Backbone] = lambda: cast(Backbone, teacher.backbone)
         self.optimizer: BranchOptimizer | None = None
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """`teacher = momentum * teacher + (1 - momentum) * student`, over parameters only."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
+        """`teacher = momentum * teacher + (1 - momentum) * student`, over parameters only, each rank on its pieces."""
+        teacher, student = ([piece(p) for p in network.parameters()] for network in (self.teacher, self.student))
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)

@@ -14,12 +14,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,10 +48,35 @@ class Checkpoint:
         """The tensors of one file, `name` without suffix, on the CPU."""
         return load_file(self.path / f"{name}.safetensors")
 
+    @contextmanager
+    def open(self, name: str) -> Generator[SavedTensors]:
+        """One file, to be read tensor by tensor."""
+        with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
+            yield SavedTensors(file, list(file.keys()))
 
-def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An independent copy of tensors in host memory, safe to write while training goes on."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+@dataclass(frozen=True)
+class SavedTensors:
+    """The tensors of an open file whose names begin with `prefix`, named without it."""
+
+    file: Any
+    names: Sequence[str]
+    prefix: str = ""
+
+    def below(self, prefix: str) -> SavedTensors:
+        """Those whose names begin with `prefix`."""
+        return SavedTensors(self.file, [n for n in self.names if n.startswith(prefix)], prefix)
+
+    def keys(self) -> list[str]:
+        """Their names."""
+        return [name.removeprefix(self.prefix) for name in self.names]
+
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows of it: nothing else is read from the disk."""
+        if rows is None:
+            return self.file.get_tensor(self.prefix + key)
+        part = self.file.get_slice(self.prefix + key)
+        return part[rows.start : rows.stop] if part.get_shape() else self.file.get_tensor(self.prefix + key)
 
 
 def step_directory(run: RunDirectory, step: int) -> Path:

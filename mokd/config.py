@@ -202,6 +202,10 @@ class OptimConfig(StrictModel):
     teacher_momentum: tuple[Probability, Probability] = (0.996, 1.0)
 
 
+# names of torch's types; this module imports no torch
+COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
 class PrecisionConfig(StrictModel):
     """Arithmetic of the networks; losses, centres and norms are always fp32 or better."""
 
@@ -211,7 +215,16 @@ class PrecisionConfig(StrictModel):
 class ParallelConfig(StrictModel):
     """How the ranks share the work."""
 
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Annotated[
+        Literal["ddp", "fsdp"],
+        Field(description="ddp: all state on every rank; fsdp: weights and states split over ranks"),
+    ] = "ddp"
+    shard_group_size: Annotated[
+        PositiveInt | None, Field(description="fsdp: ranks that hold one copy together; default: all ranks")
+    ] = None
+    reshard_after_forward: Annotated[
+        bool, Field(description="fsdp: free a block's gathered weights after its forward pass")
+    ] = True
     timeout_seconds: Annotated[PositiveFloat, Field(description="a collective older than this ends the run")] = 600.0
     threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores per rank")] = None
 
@@ -220,6 +233,9 @@ class CheckpointConfig(StrictModel):
     """When state is saved and what is kept."""
 
     every_steps: Annotated[PositiveInt | None, Field(description="default: once an epoch")] = None
+    asynchronous: Annotated[bool, Field(description="train on while a thread writes; costs a copy in host memory")] = (
+        True
+    )
     keep_last: PositiveInt = 2
     keep_every_steps: Annotated[PositiveInt | None, Field(description="never prune steps divisible by this")] = None
 

@@ -7,11 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,14 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous())  # gloo wants the parts one after the other
     return gathered.unflatten(0, (-1, tensor.shape[0]))
+
+
+def broadcast_from_main(value: T) -> T:
+    """The first rank's value on every rank; itself in a single process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def barrier() -> None:

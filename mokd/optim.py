@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mokd.config import BranchConfig, GroupConfig, OptimConfig
 from mokd.network import is_last_layer
 from mokd.schedules import cosine, warmup_cosine
+from mokd.sharding import assemble, is_sharded, own_rows, piece, shard_group
 
 
 class BranchOptimizer:
@@ -21,8 +23,10 @@ class BranchOptimizer:
         self._lr_scale = lr_scale
         self._epoch_steps = epoch_steps
         self._steps = optim.epochs * epoch_steps
-        self._named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        self._last_layers = [p for name, p in self._named if is_last_layer(name)]
+        self._registered = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._shard_group = shard_group(self._registered.values())
+        # what is optimised: the parameters themselves, or this rank's pieces of them
+        self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
         groups = list(_groups(self._named, branch))
         options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "foreach": True}
         config = branch.optimizer
@@ -37,15 +41,25 @@ class BranchOptimizer:
         Returns the learning rate of the branch's main groups.
         """
         optim = self._optim
+        frozen = step < optim.freeze_last_layer_epochs * self._epoch_steps
+        for name, p in self._named:
+            gradient = self._registered[name].grad
+            # a parameter without gradient gets no decay and no momentum either
+            p.grad = None if gradient is None or (frozen and is_last_layer(name)) else piece(gradient)
         if optim.clip_grad_norm is not None:
-            clip_each([p.grad for _, p in self._named if p.grad is not None], optim.clip_grad_norm)
-        if step < optim.freeze_last_layer_epochs * self._epoch_steps:
-            for parameter in self._last_layers:
-                parameter.grad = None  # a parameter without gradient gets no decay and no momentum either
+            self._clip(optim.clip_grad_norm)
         self.schedule(step)
         self.torch.step()
-        self.torch.zero_grad(set_to_none=True)
+        for name, p in self._named:
+            p.grad = self._registered[name].grad = None
         return float(self.torch.param_groups[0]["lr"])
+
+    def _clip(self, limit: float) -> None:
+        given = [(self._registered[name], p.grad) for name, p in self._named if p.grad is not None]
+        whole = [gradient for registered, gradient in given if not is_sharded(registered)]
+        pieces = [gradient for registered, gradient in given if is_sharded(registered)]
+        clip_each(whole, limit)
+        clip_each(pieces, limit, self._shard_group)
 
     def schedule(self, step: int) -> None:
         """Sets every group's learning rate and weight decay to those of `step`."""
@@ -57,24 +71,24 @@ class BranchOptimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as `<parameter>/<entry>` tensors, by parameter name, not by position."""
-        state = self.torch.state
-        return {
-            f"{name}/{entry}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for name, p in self._named
-            for entry, value in state.get(p, {}).items()
-            if value is not None
-        }
+        tensors = {}
+        for name, p in self._named:
+            for entry, value in self.torch.state.get(p, {}).items():
+                if value is not None:
+                    value = value if isinstance(value, Tensor) else torch.tensor(value)
+                    tensors[f"{name}/{entry}"] = assemble(value, self._registered[name]) if value.ndim else value
+        return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what `state_tensors` gave."""
+    def load_state_tensors(self, keys: Iterable[str], read: Callable[[str, slice | None], Tensor]) -> None:
+        """Restores what `state_tensors` gave: `read(key, rows)` gives a saved tensor, or some rows of it."""
         by_name = dict(self._named)
         self.torch.state.clear()
-        for key, value in tensors.items():
+        for key in keys:
             name, entry = key.rsplit("/", 1)
             p = by_name[name]
+            value = read(key, own_rows(self._registered[name]))
             # the step count of AdamW stays on the CPU, everything else lives beside its parameter
-            place = value.clone() if value.ndim == 0 else value.to(p.device, copy=True)
-            self.torch.state[p][entry] = place
+            self.torch.state[p][entry] = value.clone() if value.ndim == 0 else value.to(p.device, copy=True)
 
 
 def _groups(named: list[tuple[str, nn.Parameter]], branch: BranchConfig) -> Iterable[dict[str, Any]]:
@@ -98,10 +112,23 @@ def _by_decay(named: list[tuple[str, nn.Parameter]], schedule: GroupConfig) -> I
             yield {"params": params, "schedule": schedule, "decayed": decayed}
 
 
+def _optimised(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(piece(p)) if is_sharded(p) else p
+
+
 @torch.no_grad()
-def clip_each(gradients: list[Tensor], limit: float) -> None:
-    """Scales every gradient whose own norm exceeds `limit` down to it, without reading a norm on the host."""
+def clip_each(gradients: list[Tensor], limit: float, group: dist.ProcessGroup | None = None) -> None:
+    """Scales every gradient whose own norm exceeds `limit` down to it, without reading a norm on the host.
+
+    With a `group`, the tensors are this rank's pieces of gradients that its ranks hold together; their squared norms
+    are summed up in one collective.
+    """
     if not gradients:
         return
-    factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, factors)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if group is not None:
+        squares = norms.square()
+        dist.all_reduce(squares, group=group)
+        norms = squares.sqrt()
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind()))

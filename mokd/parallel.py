@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from mokd.backbones import Backbone
+from mokd.blocks import repeated_blocks
 from mokd.branch import Branch
-from mokd.config import ParallelConfig
+from mokd.config import COMPUTE_DTYPES, ParallelConfig, PrecisionConfig
+from mokd.network import Network
+from mokd.sharding import fill_whole
 from mokd.sync_batchnorm import synchronise_batchnorm
 
 # torch 2.15 has renamed the option
@@ -21,18 +31,29 @@ _BUFFER_OPTION = next(
 )
 
 
-def parallelise(branch: Branch, config: ParallelConfig, device: torch.device) -> None:
+def parallelise(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, device: torch.device) -> None:
     """Prepares a branch for this rank: device, synchronised BatchNorm, gradient averaging. The order matters."""
-    # 1. the device, before anything takes references to parameters
-    branch.student.to(device)
-    branch.teacher.to(device)
     if not dist.is_initialized() or dist.get_world_size() == 1:
+        branch.student.to(device)
+        branch.teacher.to(device)
         return
-    # 2. BatchNorm over the global batch, in the teacher too: it runs in training mode
+    # BatchNorm over the global batch, in the teacher too: it runs in training mode. Its buffers stay whole and equal
+    # on every rank, whatever the strategy
     synchronise_batchnorm(branch.student, device)
     synchronise_batchnorm(branch.teacher, device)
-    # 3. gradients averaged over ranks; SyncBN keeps the buffers equal, so they need no broadcast
+    if config.strategy == "fsdp":
+        _shard(branch, config, precision, device)
+    else:
+        _replicate(branch, device)
+
+
+def _replicate(branch: Branch, device: torch.device) -> None:
+    """DDP: everything on every rank, gradients averaged in buckets during the backward pass."""
+    # the device, before anything takes references to parameters
+    branch.student.to(device)
+    branch.teacher.to(device)
     on_gpu = device.type == "cuda"
+    # SyncBN keeps the buffers equal, so they need no broadcast
     buffers: dict[str, Any] = {_BUFFER_OPTION: False}
     branch.forward_student = DistributedDataParallel(
         branch.student,
@@ -44,3 +65,80 @@ def parallelise(branch: Branch, config: ParallelConfig, device: torch.device) ->
         # resumed run, whose first step is another one, would no longer be bit-identical.
         find_unused_parameters=not on_gpu,
     )
+
+
+def _shard(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, device: torch.device) -> None:
+    """FSDP2: student and teacher sharded alike, so that the teacher's average needs no communication."""
+    assert isinstance(branch.student, Network)
+    assert isinstance(branch.teacher, Network)
+    # a network's outputs are views of its head's rows; nobody changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = shard_mesh(config, device)
+    # evaluations run ranks at their own pace, which a sharded network cannot: they get the weights in one piece
+    with torch.no_grad():
+        skeleton = copy.deepcopy(branch.teacher.backbone).to("meta")
+    branch.whole_teacher_backbone = partial(_whole_backbone, skeleton, branch.teacher.backbone, device)
+    # what the root gathers is needed at once when the backward pass begins; a teacher has none
+    _shard_network(branch.student, mesh, precision, device, reshard=config.reshard_after_forward, root_reshard=False)
+    _shard_network(branch.teacher, mesh, precision, device, reshard=True, root_reshard=True)
+    # hooks of FSDP run on `forward` alone
+    register_fsdp_forward_method(branch.teacher, "search")
+    replicated = [p for p in branch.student.parameters() if p.ndim <= 1 and p.requires_grad]
+    branch.finish_gradients = partial(_average_gradients, replicated)
+
+
+def shard_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
+    """All ranks in one group, or in groups of `shard_group_size` that hold copies of each other (hybrid sharding)."""
+    world = dist.get_world_size()
+    size = config.shard_group_size or world
+    if size == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard_network(
+    network: Network,
+    mesh: DeviceMesh,
+    precision: PrecisionConfig,
+    device: torch.device,
+    *,
+    reshard: bool,
+    root_reshard: bool,
+) -> None:
+    """Groups from the inside out: each block, the MLP, the prototypes of each head, then the rest as the root."""
+    # One-dimensional parameters (biases, normalisations, layer scales) stay whole and in fp32 on every rank: they are
+    # small, and a normalisation with parameters in half precision would be another function than under DDP.
+    whole = {p for p in network.parameters() if p.ndim <= 1}
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    shard = partial(fully_shard, mesh=mesh, ignored_params=whole)
+    # gathered as the arithmetic uses them, which halves the traffic; summed up in fp32
+    dtype = COMPUTE_DTYPES[precision.compute]
+    compute = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype != "float32":
+        compute = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in [*repeated_blocks(network.backbone), *network.t_head.blocks, network.mlp_head.mlp]:
+        shard(block, mp_policy=compute, reshard_after_forward=reshard)
+    for head in (network.mlp_head, network.t_head):
+        shard(head.last_layer, mp_policy=exact, reshard_after_forward=reshard)
+    shard(network, mp_policy=exact, reshard_after_forward=root_reshard)
+
+
+def _whole_backbone(skeleton: Backbone, sharded: Backbone, device: torch.device) -> Backbone:
+    backbone: Backbone = copy.deepcopy(skeleton).to_empty(device=device)
+    fill_whole(backbone, sharded)
+    return backbone
+
+
+@torch.no_grad()
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean over all ranks of the gradients of parameters that are not sharded, in one collective."""
+    gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

@@ -21,8 +21,16 @@ def images_per_rank(config: RunConfig, world_size: int) -> int:
     return batch // world_size
 
 
+def check_shard_groups(config: RunConfig, world_size: int) -> None:
+    """UserError when the ranks cannot be dealt into groups that share one copy of the state."""
+    size = config.parallel.shard_group_size
+    if size is not None and world_size % size:
+        raise UserError(f"parallel.shard_group_size: {world_size} ranks cannot be dealt into groups of {size}")
+
+
 def check(config: RunConfig, world_size: int) -> None:
     """UserError, in one line, for a run that cannot work: batch, data, network and crop sizes."""
+    check_shard_groups(config, world_size)
     per_rank = images_per_rank(config, world_size)
     size = min(count_samples(config.data.train, config.data.backend), config.data.limit or sys.maxsize)
     if size < config.optim.global_batch:

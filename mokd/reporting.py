@@ -46,6 +46,10 @@ class Reporter:
         """Adds time that the loop has spent waiting for data."""
         self._waited += seconds
 
+    def stood_still(self, seconds: float) -> None:
+        """Adds time for which training has stood still for a save."""
+        self._saving += seconds
+
     def step(
         self, step: int, epoch: int, branches: Sequence[Branch], losses: Sequence[BranchLoss], rates: Sequence[float]
     ) -> None:
@@ -65,6 +69,8 @@ class Reporter:
             "images_per_second": (step - self._since_step) * images / elapsed,
             "data_wait_fraction": min(self._waited / elapsed, 1.0),
         }
+        if self._saving:
+            values["save_stall_seconds"] = round(self._saving, 6)
         values.update(shown)
         for branch, loss, rate in zip(branches, losses, rates, strict=True):
             values[f"lr/{branch.name}"] = rate
@@ -89,7 +95,8 @@ class Reporter:
         if self._config.evaluation.every_epochs is None:
             return
         began = time.perf_counter()
-        results = knn_of([b.teacher.backbone for b in branches], self._config, self._ranks, self._device)  # type: ignore[misc]
+        backbones = [branch.whole_teacher_backbone() for branch in branches]
+        results = knn_of(backbones, self._config, self._ranks, self._device)
         if self._ranks.is_main:
             best = {f"eval/{b.name}/knn_top1": max(r.top1 for r in rs) for b, rs in zip(branches, results, strict=True)}
             self._metrics.write({"step": step, **best})
@@ -98,7 +105,7 @@ class Reporter:
         self._since += time.perf_counter() - began  # not part of the training speed
 
     def saved(self, step: int) -> None:
-        """Notes the newest published checkpoint."""
+        """Notes the newest published checkpoint; the saver calls it, once that is durable."""
         self._checkpoint_step = step
 
     def flush(self) -> None:
@@ -112,7 +119,7 @@ class Reporter:
             self._metrics.close()
 
     def _restart_clock(self, step: int) -> None:
-        self._since, self._since_step, self._waited = time.perf_counter(), step, 0.0
+        self._since, self._since_step, self._waited, self._saving = time.perf_counter(), step, 0.0, 0.0
 
     def _status(self, **facts: float | int) -> None:
         self._run.write_status(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from mokd import sharding
 from mokd.branch import Branch
-from mokd.checkpoint import Checkpoint, copy_to_host
+from mokd.checkpoint import Checkpoint, SavedTensors
 from mokd.config import RunConfig
 from mokd.objective import Objective
 
@@ -19,23 +21,59 @@ OBJECTIVE_FILE = "objective"
 FIXED = ("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs")
 
 
-def collect(branches: Sequence[Branch], objective: Objective) -> dict[str, dict[str, Tensor]]:
-    """Everything that changes while training, copied to host memory, by file."""
-    return {
-        OBJECTIVE_FILE: copy_to_host(objective.state_tensors()),
-        **{branch_file(branch.name): copy_to_host(_branch_tensors(branch)) for branch in branches},
-    }
+def collect(branches: Sequence[Branch], objective: Objective, *, main: bool) -> dict[str, dict[str, Tensor]]:
+    """Everything that changes while training, copied to host memory, by file; nothing where not `main`.
+
+    Sharded tensors are put together one by one, so that no rank ever holds more than one of them in the device's
+    memory. That is a collective: every rank calls this, unless nothing is sharded.
+    """
+    parts = {OBJECTIVE_FILE: objective.state_tensors(), **{branch_file(b.name): _branch_tensors(b) for b in branches}}
+    return {name: _copy_to_host(tensors, main) for name, tensors in parts.items()}
+
+
+def is_sharded(branches: Sequence[Branch]) -> bool:
+    """Whether a rank holds only a piece of the state, so that collecting it takes all ranks."""
+    return any(sharding.is_sharded(p) for branch in branches for p in branch.student.parameters())
 
 
 def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objective) -> None:
-    """Puts a checkpoint's state into branches and objective."""
+    """Puts a checkpoint's state into branches and objective; a rank reads only the rows that it holds."""
     objective.load_state_tensors(checkpoint.tensors(OBJECTIVE_FILE))
     for branch in branches:
-        tensors = checkpoint.tensors(branch_file(branch.name))
-        branch.student.load_state_dict(_below(tensors, "student."))
-        branch.teacher.load_state_dict(_below(tensors, "teacher."))
         assert branch.optimizer is not None
-        branch.optimizer.load_state_tensors(_below(tensors, "optimizer."))
+        with checkpoint.open(branch_file(branch.name)) as saved:
+            _fill(branch.student, saved.below("student."))
+            _fill(branch.teacher, saved.below("teacher."))
+            optimizer = saved.below("optimizer.")
+            branch.optimizer.load_state_tensors(optimizer.keys(), optimizer.read)
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, saved: SavedTensors) -> None:
+    into = network.state_dict()
+    if different := into.keys() ^ saved.keys():
+        raise RuntimeError(f"the checkpoint is of another network: {', '.join(sorted(different)[:3])}")
+    for key, value in into.items():
+        sharding.piece(value).copy_(saved.read(key, sharding.own_rows(value)))
+
+
+def _copy_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """An independent copy of every tensor, put together where it is sharded, safe to write while training goes on."""
+    copies = {}
+    for name, tensor in tensors.items():
+        assembled = sharding.whole(tensor.detach())
+        if not keep:
+            continue
+        if assembled.device.type == "cuda":
+            # page-locked memory is several times as fast to copy to; torch keeps it for the next save
+            copies[name] = torch.empty(assembled.shape, dtype=assembled.dtype, pin_memory=True)
+            copies[name].copy_(assembled, non_blocking=True)
+        else:
+            # what was put together on a CPU is a copy already
+            copies[name] = assembled.to(copy=not sharding.is_sharded(tensor)).contiguous()
+    if keep and torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def branch_file(name: str) -> str:

@@ -16,7 +16,7 @@ from data_pipeline.errors import UserError
 from mokd import environment
 from mokd.distributed import Ranks, join, leave, pick_device, ranks_from_environment
 from mokd.files import replace_json
-from mokd.preflight import images_per_rank
+from mokd.preflight import check_shard_groups, images_per_rank
 from mokd.run_directory import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -48,6 +48,7 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     directory_ = RunDirectory.open(directory)
     config = directory_.config()
     images_per_rank(config, ranks.world_size)
+    check_shard_groups(config, ranks.world_size)
     device = pick_device(ranks)
     torch.set_num_threads(config.parallel.threads_per_rank or max(1, _cores() // ranks.local_size))
     join(ranks, device, config.parallel.timeout_seconds)

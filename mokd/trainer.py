@@ -16,13 +16,14 @@ from data_pipeline.loader import build_loader
 from mokd import checkpoint, state
 from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, barrier
+from mokd.distributed import Ranks, barrier, broadcast_from_main
 from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
 from mokd.parallel import parallelise
 from mokd.preflight import images_per_rank
 from mokd.reporting import Reporter
 from mokd.run_directory import RunDirectory
+from mokd.saving import Saver
 from mokd.schedules import cosine
 from mokd.seeds import derive_seed
 from mokd.stopping import StopRequest
@@ -65,13 +66,14 @@ class Trainer:
         self.identity = state.identity(config, self.loader.dataset_size)
         self.step = self._resume()
         self.report = Reporter(run, attempt, config, ranks, device, self.total_steps, self.step)
+        self.saver = Saver(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
 
     def _build_branch(self, index: int) -> Branch:
         branch_config = self.config.branches[index]
         # seeded by name: a branch starts from the same weights in a pair and alone
         torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
         branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
-        parallelise(branch, self.config.parallel, self.device)
+        parallelise(branch, self.config.parallel, self.config.precision, self.device)
         branch.optimizer = BranchOptimizer(
             branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
         )
@@ -79,7 +81,8 @@ class Trainer:
 
     def _resume(self) -> int:
         """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
-        found = checkpoint.newest(self.run)
+        # one rank looks and verifies: the others take the same one, and read only what they need
+        found = broadcast_from_main(checkpoint.newest(self.run) if self.ranks.is_main else None)
         if found is None:
             return 0
         state.check_identity(found, self.identity)
@@ -88,7 +91,7 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Trains to the end or to the step at which all ranks agree to stop; saves there either way."""
-        with closing(self.loader), closing(self.report):
+        with closing(self.loader), closing(self.report), closing(self.saver):
             if self.step == 0:
                 self.report.evaluate(self.branches, 0)
             stopping = self.step >= self.total_steps
@@ -102,8 +105,9 @@ class Trainer:
                         if finished or (at_epoch_end and self._evaluation_due(self.step // self.epoch_steps)):
                             self.report.evaluate(self.branches, self.step)
                         stopping = stopping or finished
-                        if (stopping or self._save_due()) and not self._save() and stopping:
-                            raise OSError(f"step {self.step}: the last checkpoint could not be saved")
+                        if stopping or self._save_due():
+                            self._save(last=stopping)
+                        self.saver.check()
                         if stopping:
                             break
             barrier()  # nobody leaves before the checkpoint of the last step is published
@@ -139,6 +143,7 @@ class Trainer:
 
     def _update(self, branch: Branch) -> float:
         assert branch.optimizer is not None
+        branch.finish_gradients()
         rate = branch.optimizer.step(self.step)
         steps = self.config.optim.epochs * self.epoch_steps
         branch.update_teacher(cosine(self.step, steps, *self.config.optim.teacher_momentum))
@@ -174,19 +179,26 @@ class Trainer:
     def _save_due(self) -> bool:
         return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
 
-    def _save(self) -> bool:
-        """Publishes a checkpoint of the current step; every rank's state is the same, so the first writes it.
+    def _save(self, *, last: bool) -> None:
+        """Saves the current step; the first rank writes, the others at most give their pieces.
 
-        False where the disk is full: training goes on, but a run must not end without its last checkpoint.
+        A full disk is no reason to stop training, but a run must not end without its last checkpoint.
         """
+        began = time.perf_counter()
+        if self.ranks.is_main:
+            self.saver.wait()  # one copy in host memory at a time
+        copying = time.perf_counter()
+        if self.ranks.is_main or state.is_sharded(self.branches):
+            snapshot = state.collect(self.branches, self.objective, main=self.ranks.is_main)
         if not self.ranks.is_main:
-            return True
-        self.report.flush()
-        snapshot = state.collect(self.branches, self.objective)
-        facts = {"identity": self.identity, "epoch": self.step // self.epoch_steps, "world_size": self.ranks.world_size}
-        if not checkpoint.publish(self.run, self.attempt, self.step, snapshot, facts):
-            return False
-        keep = self.config.checkpoint
-        checkpoint.prune(self.run, keep.keep_last, keep.keep_every_steps)
-        self.report.saved(self.step)
-        return True
+            return
+        facts = {
+            "identity": self.identity,
+            "epoch": self.step // self.epoch_steps,
+            "world_size": self.ranks.world_size,
+            "copy_seconds": round(time.perf_counter() - copying, 3),
+        }
+        self.saver.save(self.step, snapshot, facts)
+        if last and not self.saver.wait():
+            raise OSError(f"step {self.step}: the last checkpoint could not be saved")
+        self.report.stood_still(time.perf_counter() - began)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,21 +17,41 @@ from mokd.workers import supervise
 from tests.support import ROOT
 
 
-@pytest.mark.parametrize("objective", ["dino", "contrastive"])
-def test_ranks_equal_one_process_with_the_whole_batch(objective: str, tmp_path: Path) -> None:
-    """Parameters, EMA, centres or banks, BatchNorm statistics, with CNN and ViT branches, to float64 accuracy."""
-    states = []
-    for count in (1, 2, 4):
-        output = tmp_path / f"{count}.safetensors"
-        assert supervise([sys.executable, "-m", "tests.programs.train_steps", str(output), objective], count) == 0
-        states.append(load_file(output))
-    whole = states[0]
-    assert sum("running_var" in key for key in whole) > 5
-    for split in states[1:]:
-        assert whole.keys() == split.keys()
-        for key, value in whole.items():
-            # AdamW divides a gradient of zero, up to rounding, by its own size: that is where the tolerance goes
-            torch.testing.assert_close(split[key], value, rtol=1e-7, atol=1e-8, msg=lambda t, key=key: f"{key}: {t}")
+def train_steps(output: Path, ranks: int, objective: str, *parallel: str) -> dict[str, torch.Tensor]:
+    program = [sys.executable, "-m", "tests.programs.train_steps", str(output), objective, *parallel]
+    assert supervise(program, ranks) == 0
+    return load_file(output)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What one process with the whole batch ends in, by objective."""
+    folder = tmp_path_factory.mktemp("whole")
+    return cache(lambda objective: train_steps(folder / f"{objective}.safetensors", 1, objective))
+
+
+@pytest.mark.parametrize(
+    ("objective", "ranks", "parallel"),
+    [
+        ("dino", 2, ["strategy=ddp"]),
+        ("dino", 4, ["strategy=ddp"]),
+        ("dino", 2, ["strategy=fsdp"]),
+        ("dino", 4, ["strategy=fsdp", "reshard_after_forward=false"]),
+        ("dino", 4, ["strategy=fsdp", "shard_group_size=2"]),
+        ("contrastive", 4, ["strategy=ddp"]),
+    ],
+)
+def test_ranks_equal_one_process_with_the_whole_batch(
+    objective: str, ranks: int, parallel: list[str], whole: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Parameters, EMA, optimisers, centres or banks and BatchNorm statistics, with CNN and ViT branches, in float64."""
+    split, expected = train_steps(tmp_path / "split.safetensors", ranks, objective, *parallel), whole(objective)
+    assert expected.keys() == split.keys()
+    assert {"student", "teacher", "optimizer"} <= {key.split("/")[1].split(".")[0] for key in expected}
+    assert sum("running_var" in key for key in expected) > 5
+    for key, value in expected.items():
+        # AdamW divides a gradient of zero, up to rounding, by its own size: that is where the tolerance goes
+        torch.testing.assert_close(split[key], value, rtol=1e-7, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_ranks_from_torchrun_slurm_and_nobody() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.schema import dump_yaml
 from mokd.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
 from mokd.workers import supervise, train_locally
 from tests.support import CONTRASTIVE, RESNET, ROOT, tiny_config
@@ -37,11 +38,12 @@ def final_state(run: RunDirectory) -> dict[str, torch.Tensor]:
     [
         (1, {}, "center"),
         (2, {}, "center"),
+        (2, {"parallel__strategy": "fsdp"}, "center"),
         (1, {"data__backend": "torchvision"}, "center"),
         (2, CONTRASTIVE, "bank"),
         (1, {**CONTRASTIVE, "data__backend": "torchvision", "branches": [RESNET]}, "bank"),
     ],
-    ids=["ffcv-1", "ffcv-2", "torchvision-1", "contrastive-2", "contrastive-solo-torchvision-1"],
+    ids=["ffcv-1", "ffcv-2", "fsdp-2", "torchvision-1", "contrastive-2", "contrastive-solo-torchvision-1"],
 )
 def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
     ranks: int, changes: dict[str, Any], memory: str, beton: Path, tmp_path: Path
@@ -65,6 +67,27 @@ def test_interrupted_inside_an_epoch_and_resumed_is_bit_identical(
     assert different == []
     # the curves are the same too, every step once
     assert steps(whole) == steps(cut)
+
+
+def test_checkpoints_go_between_strategies_and_world_sizes(beton: Path, tmp_path: Path) -> None:
+    """FSDP on 2 ranks, then one process, hybrid sharding on 4, DDP on 2: in float64 it is the run on one process."""
+
+    def stretch(run: RunDirectory, stop_at: int, ranks: int, **parallel: object) -> None:
+        config = tiny_config(beton, optim__max_steps=STEPS, checkpoint__keep_last=10, parallel=parallel)
+        run.config_file.write_text(dump_yaml(config))
+        program = [sys.executable, "-m", "tests.programs.train_until", str(run.path), str(stop_at), "float64"]
+        assert supervise(program, ranks) == (EXIT_DONE if stop_at == STEPS else EXIT_STOPPED)
+
+    whole, moved = run_directory(tmp_path / "whole", beton), run_directory(tmp_path / "moved", beton)
+    stretch(whole, STEPS, 1)
+    stretch(moved, 4, 2, strategy="fsdp")
+    stretch(moved, 7, 1)
+    stretch(moved, 10, 4, strategy="fsdp", shard_group_size=2)
+    stretch(moved, STEPS, 2, strategy="ddp")
+    expected, found = final_state(whole), final_state(moved)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def steps(run: RunDirectory) -> list[tuple[int, float]]:

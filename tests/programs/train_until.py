@@ -1,27 +1,33 @@
 """Trains a run until a step and stops there as if a signal had come; the exit status is that of `mokd.train`.
 
-usage: python -m tests.programs.train_until RUN_DIRECTORY STEP
+usage: python -m tests.programs.train_until RUN_DIRECTORY STEP [float64]
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import torch
+
+from data_pipeline.batch import ViewBatch
 from mokd import train
 from mokd.run_directory import EXIT_DONE, EXIT_STOPPED
 from mokd.stopping import StopRequest
 from mokd.trainer import Trainer
 
 
-def main(directory: str, step: int) -> int:
+def main(directory: str, step: int, dtype: str = "float32") -> int:
+    torch.set_default_dtype(getattr(torch, dtype))
     stop = StopRequest()
     original = Trainer._train_step
 
-    def counted(self: Trainer, *arguments: object) -> bool:
+    def counted(self: Trainer, batch: ViewBatch, epoch: int) -> bool:
         if self.step + 1 == step and self.ranks.rank == self.ranks.world_size - 1:
             stop.request("the test asks the last rank only")
-        return original(self, *arguments)  # type: ignore[arg-type]
+        views = [group.to(torch.get_default_dtype()) for group in batch.views]
+        return original(self, dataclasses.replace(batch, views=views), epoch)
 
     Trainer._train_step = counted  # type: ignore[method-assign]
     outcome = train.run(Path(directory), stop)
@@ -29,4 +35,4 @@ def main(directory: str, step: int) -> int:
 
 
 if __name__ == "__main__":
-    train.leave_at_once(main(sys.argv[1], int(sys.argv[2])))
+    train.leave_at_once(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))
