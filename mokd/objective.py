@@ -21,7 +21,10 @@ class Objective(Protocol):
         ...
 
     def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
-        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`."""
+        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`.
+
+        Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
+        """
         ...
 
     def commit(self) -> None:
