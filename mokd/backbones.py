@@ -42,7 +42,12 @@ class Features:
 
 
 class Backbone(nn.Module):
-    """A timm network without classifier. The network is the submodule `net`; its key names are timm's own."""
+    """A timm network without classifier. The network is the submodule `net`; its key names are timm's own.
+
+    channels_last: whether it computes in NHWC memory order.
+    """
+
+    channels_last = False
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -57,6 +62,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """Features of images `[B, 3, S, S]`."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         dense = self.net.forward_features(images)  # type: ignore[operator]
         pooled = self.net.forward_head(dense, pre_logits=True)  # type: ignore[operator]
         cls = None

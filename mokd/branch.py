@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mokd.backbones import Backbone
 from mokd.config import BranchConfig
+from mokd.loss_scale import LossScale
 from mokd.optim import BranchOptimizer
 from mokd.sharding import piece
+from mokd.trainable import TrainableNetwork
 
 
 @dataclass
@@ -28,15 +31,29 @@ class BranchLoss:
     monitors: Callable[[], dict[str, Tensor]]
 
 
+def mean_loss(so_far: list[BranchLoss] | None, losses: list[BranchLoss], parts: int) -> list[BranchLoss]:
+    """The detached mean over a step's micro-batches, built up part by part; the monitors are those of the last one."""
+    mean = []
+    for i, loss in enumerate(losses):
+        total = loss.total.detach() / parts
+        terms = {name: value / parts for name, value in loss.terms.items()}
+        if so_far is not None:
+            total = so_far[i].total + total
+            terms = {name: so_far[i].terms[name] + value for name, value in terms.items()}
+        mean.append(BranchLoss(total, terms, loss.monitors))
+    return mean
+
+
 class Branch:
     """One network under training.
 
     student, teacher: the bare modules, as saved. The rest is what the parallelism wraps or replaces: `forward_student`
-    is the student as training calls it, `finish_gradients` completes the mean over ranks after the last backward pass,
-    and `whole_teacher_backbone` gives what evaluations run.
+    is the student as training calls it, within `accumulating` backward passes leave out the mean over ranks,
+    `finish_gradients` completes it after the last one, and `whole_teacher_backbone` gives what evaluations run.
+    `loss_scale` is there with fp16.
     """
 
-    def __init__(self, config: BranchConfig, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, config: BranchConfig, student: TrainableNetwork, teacher: TrainableNetwork) -> None:
         self.config = config
         self.name = config.name
         self.student = student
@@ -47,9 +64,11 @@ class Branch:
         self.student.train()
         self.teacher.train()
         self.forward_student: Callable[..., Any] = student
+        self.accumulating: Callable[[], AbstractContextManager[None]] = nullcontext
         self.finish_gradients: Callable[[], None] = lambda: None
-        self.whole_teacher_backbone: Callable[[], Backbone] = lambda: cast(Backbone, teacher.backbone)
+        self.whole_teacher_backbone: Callable[[], Backbone] = lambda: teacher.backbone
         self.optimizer: BranchOptimizer | None = None
+        self.loss_scale: LossScale | None = None
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

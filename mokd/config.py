@@ -70,6 +70,10 @@ class BranchConfig(StrictModel):
     optimizer: OptimizerConfig
     t_head_group: GroupConfig | None = None
     teacher_temp_warmup_epochs: NonNegativeInt = 30
+    activation_checkpointing: Annotated[
+        bool,
+        Field(description="keep only the inputs of the backbone's blocks, compute the rest again: memory for time"),
+    ] = False
 
     @field_validator("name")
     @classmethod
@@ -193,6 +197,9 @@ class OptimConfig(StrictModel):
 
     epochs: PositiveInt = 100
     global_batch: Annotated[PositiveInt, Field(description="images per step over all ranks")] = 256
+    accumulate: Annotated[
+        PositiveInt, Field(description="micro-batches per step: each rank's images are dealt into so many parts")
+    ] = 1
     warmup_epochs: NonNegativeFloat = 10.0
     max_steps: Annotated[PositiveInt | None, Field(description="stop early; the schedules still span the epochs")] = (
         None
@@ -202,14 +209,14 @@ class OptimConfig(StrictModel):
     teacher_momentum: tuple[Probability, Probability] = (0.996, 1.0)
 
 
-# names of torch's types; this module imports no torch
-COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
 class PrecisionConfig(StrictModel):
     """Arithmetic of the networks; losses, centres and norms are always fp32 or better."""
 
-    compute: Literal["fp32", "bf16"] = "fp32"
+    compute: Annotated[
+        Literal["fp32", "bf16", "fp16"], Field(description="fp16 scales every branch's loss by itself")
+    ] = "fp32"
+    tf32: Annotated[bool, Field(description="GPUs: fp32 products in TensorFloat-32")] = True
+    channels_last: Annotated[bool, Field(description="GPUs: convolutional backbones in NHWC memory order")] = True
 
 
 class ParallelConfig(StrictModel):

@@ -14,7 +14,6 @@ from data_pipeline.config import ViewsConfig
 from mokd.branch import Branch, BranchLoss
 from mokd.config import BranchConfig, ContrastiveConfig
 from mokd.contrastive_network import ContrastiveOutput, Seen, build_contrastive_network
-from mokd.distributed import world_size
 from mokd.info_nce import CHUNK, info_nce
 from mokd.memory_bank import MemoryBank, gather_keys
 from mokd.monitors import feature_monitors
@@ -25,9 +24,16 @@ class ContrastiveObjective:
     """`self + beta * cross` for any number of branches; one branch alone is momentum contrast."""
 
     def __init__(
-        self, config: ContrastiveConfig, views: ViewsConfig, names: Sequence[str], device: torch.device, seed: int
+        self,
+        config: ContrastiveConfig,
+        views: ViewsConfig,
+        names: Sequence[str],
+        device: torch.device,
+        seed: int,
+        global_batch: int,
     ) -> None:
         self.config = config
+        self.keys_per_step = views.count * global_batch
         self.views = views
         self.crosses = len(names) > 1 and config.cross_weight > 0.0
         # fp32, unless everything is computed in more
@@ -42,7 +48,7 @@ class ContrastiveObjective:
             )
             for name in names
         }
-        self._keys: Tensor | None = None
+        self._keys: list[Tensor] = []  # of the micro-batches of this step
 
     def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
         """Student and teacher of one branch."""
@@ -65,7 +71,7 @@ class ContrastiveObjective:
         with torch.no_grad():
             # training mode: BatchNorm uses the statistics of this batch, of all ranks where there are several
             teachers: list[ContrastiveOutput] = [branch.teacher(crops, dense=self.crosses) for branch in branches]
-            self._keys = torch.stack([teacher.projected for teacher in teachers])
+            self._keys.append(torch.stack([teacher.projected for teacher in teachers]))
             seen = [Seen(t.projected, t.dense) for t in teachers if t.dense is not None]
         result = []
         for i, branch in enumerate(branches):
@@ -90,7 +96,7 @@ class ContrastiveObjective:
             terms["cross"] = cross.detach()
             total = total + self.config.cross_weight * branch.config.weight * cross
         pooled, similarity = student.pooled.detach(), (queries.detach() * positives).sum(dim=-1)
-        age = self.banks[branch.name].age(positives.shape[0] * world_size())
+        age = self.banks[branch.name].age(self.keys_per_step)
 
         def monitors() -> dict[str, Tensor]:
             return {
@@ -107,11 +113,12 @@ class ContrastiveObjective:
 
     def commit(self) -> None:
         """Puts this step's teacher keys into the banks; not before, or a query would meet its positive as negative."""
-        assert self._keys is not None, "commit follows losses"
+        assert self._keys, "commit follows losses"
+        keys_of_step = torch.cat(self._keys, dim=2)  # micro-batches are contiguous parts of a rank's images
         dtype = next(iter(self.banks.values())).keys.dtype
-        for bank, keys in zip(self.banks.values(), gather_keys(self._keys.to(dtype)), strict=True):
+        for bank, keys in zip(self.banks.values(), gather_keys(keys_of_step.to(dtype)), strict=True):
             bank.push(keys)
-        self._keys = None
+        self._keys.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The banks, `bank/<branch>/{keys,written}`."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from data_pipeline.config import ViewsConfig
 from mokd.backbones import Backbone, BackboneShapes, build_for_views
+from mokd.blocks import repeated_blocks
 from mokd.config import BranchConfig, ContrastiveConfig
 from mokd.heads import mlp, unit_vectors
+from mokd.trainable import TrainableNetwork, Units
 
 
 class Seen(NamedTuple):
@@ -64,7 +66,7 @@ class FeatureMatching(nn.Module):
         return unit_vectors(self.alignment(matched) + self.residual_weight * projected)
 
 
-class ContrastiveNetwork(nn.Module):
+class ContrastiveNetwork(TrainableNetwork):
     """Backbone, projection and, in company, feature matching.
 
     One projection serves the pooled feature and every position of the dense ones: a projection of the dense features
@@ -79,6 +81,11 @@ class ContrastiveNetwork(nn.Module):
         # a few networks widen the feature after pooling: then the mean over tokens is what is projected
         self.projects_mean = shapes.pooled_width != shapes.width
         self.matching = None if alone else FeatureMatching(config.width, config.residual_weight)
+
+    def units(self) -> Units:
+        """Every block, the projection, and the matching."""
+        rest = [self.projection] if self.matching is None else [self.projection, self.matching]
+        return Units([*repeated_blocks(self.backbone), *rest], exact=[])
 
     def forward(self, crops: Tensor, *, dense: bool = False, others: Sequence[Seen] = ()) -> ContrastiveOutput:
         """Everything over views `[V, B, 3, S, S]`; `others` saw the same views, and each is met in the other view."""

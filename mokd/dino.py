@@ -34,6 +34,7 @@ class DinoObjective:
         # one centre per branch and head, shared by the self and the cross terms
         self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
         self._seen: Tensor | None = None
+        self._parts = 0
 
     def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
         """Student and teacher of one branch."""
@@ -47,7 +48,9 @@ class DinoObjective:
         with torch.no_grad():
             teachers: list[NetworkOutput] = [branch.teacher(views[:1]) for branch in branches]
             logits = [(at_least_fp32(t.mlp.logits()), at_least_fp32(t.t_head.logits())) for t in teachers]
-            self._seen = torch.stack([torch.stack([head.mean(dim=(0, 1)) for head in pair]) for pair in logits])
+            seen = torch.stack([torch.stack([head.mean(dim=(0, 1)) for head in pair]) for pair in logits])
+            self._seen = seen if self._seen is None else self._seen + seen
+            self._parts += 1
             cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
             # the targets that a branch offers to all others, computed once
             offered = [
@@ -132,13 +135,13 @@ class DinoObjective:
     @torch.no_grad()
     def commit(self) -> None:
         """Moves the centres towards the teacher outputs' mean over the global batch, one collective for all."""
-        seen = self._seen
-        assert seen is not None, "commit follows losses"
+        assert self._seen is not None, "commit follows losses"
+        seen = self._seen / self._parts
         if dist.is_initialized():
             dist.all_reduce(seen)
             seen = seen / dist.get_world_size()
         self.centers.lerp_(seen.to(self.centers.dtype), 1.0 - self.config.center_momentum)
-        self._seen = None
+        self._seen, self._parts = None, 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The centres, `center/<branch>/<head>`."""

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.config import ViewsConfig
 from mokd.backbones import Backbone, build_for_views
+from mokd.blocks import repeated_blocks
 from mokd.config import BranchConfig, DinoConfig
 from mokd.heads import MlpHead, THead
+from mokd.trainable import TrainableNetwork, Units
 
 
 class HeadOutput(NamedTuple):
@@ -45,7 +47,7 @@ class NetworkOutput(NamedTuple):
     pooled: Tensor
 
 
-class Network(nn.Module):
+class Network(TrainableNetwork):
     """Backbone, MLP head and T-Head of one branch."""
 
     def __init__(self, backbone: Backbone, mlp_head: MlpHead, t_head: THead) -> None:
@@ -76,6 +78,11 @@ class Network(nn.Module):
             tokens=searched,
             pooled=pooled[0].unflatten(0, by_view),
         )
+
+    def units(self) -> Units:
+        """Every block, the MLP, and the prototypes of each head."""
+        blocks = [*repeated_blocks(self.backbone), *self.t_head.blocks, self.mlp_head.mlp]
+        return Units(blocks, exact=[self.mlp_head.last_layer, self.t_head.last_layer])
 
     def search(self, tokens: Tensor, queries: Tensor) -> Tensor:
         """Rows `[V, B, d]` found by queries `[V, B, d]` of another branch in this network's tokens `[B, N, d]`.

@@ -22,7 +22,10 @@ class Objective(Protocol):
         ...
 
     def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
-        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`."""
+        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`.
+
+        Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
+        """
         ...
 
     def commit(self) -> None:
@@ -51,6 +54,8 @@ def build_objective(config: RunConfig, device: torch.device) -> Objective:
         case DinoConfig():
             return DinoObjective(config.objective, config.views, names, device)
         case ContrastiveConfig():
-            return ContrastiveObjective(config.objective, config.views, names, device, config.seed)
+            return ContrastiveObjective(
+                config.objective, config.views, names, device, config.seed, config.optim.global_batch
+            )
         case _:
             assert_never(config.objective)

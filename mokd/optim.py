@@ -35,24 +35,33 @@ class BranchOptimizer:
         else:
             self.torch = torch.optim.AdamW(groups, betas=config.betas, **options)
 
+    def take_gradients(self, step: int) -> list[Tensor]:
+        """This rank's pieces of the gradients that the step will use: those of frozen layers are dropped.
+
+        A parameter without gradient gets no decay and no momentum either.
+        """
+        frozen = step < self._optim.freeze_last_layer_epochs * self._epoch_steps
+        for name, p in self._named:
+            gradient = self._registered[name].grad
+            p.grad = None if gradient is None or (frozen and is_last_layer(name)) else piece(gradient)
+        return [p.grad for _, p in self._named if p.grad is not None]
+
     def step(self, step: int) -> float:
-        """Clips, freezes, sets the rates of this step, updates the parameters, drops the gradients.
+        """Clips the gradients that were taken, sets this step's rates, updates the parameters, drops the gradients.
 
         Returns the learning rate of the branch's main groups.
         """
-        optim = self._optim
-        frozen = step < optim.freeze_last_layer_epochs * self._epoch_steps
-        for name, p in self._named:
-            gradient = self._registered[name].grad
-            # a parameter without gradient gets no decay and no momentum either
-            p.grad = None if gradient is None or (frozen and is_last_layer(name)) else piece(gradient)
-        if optim.clip_grad_norm is not None:
-            self._clip(optim.clip_grad_norm)
-        self.schedule(step)
+        if self._optim.clip_grad_norm is not None:
+            self._clip(self._optim.clip_grad_norm)
+        rate = self.schedule(step)
         self.torch.step()
+        self.drop_gradients()
+        return rate
+
+    def drop_gradients(self) -> None:
+        """Forgets all gradients."""
         for name, p in self._named:
             p.grad = self._registered[name].grad = None
-        return float(self.torch.param_groups[0]["lr"])
 
     def _clip(self, limit: float) -> None:
         given = [(self._registered[name], p.grad) for name, p in self._named if p.grad is not None]
@@ -61,13 +70,14 @@ class BranchOptimizer:
         clip_each(whole, limit)
         clip_each(pieces, limit, self._shard_group)
 
-    def schedule(self, step: int) -> None:
-        """Sets every group's learning rate and weight decay to those of `step`."""
+    def schedule(self, step: int) -> float:
+        """Sets every group's learning rate and weight decay to those of `step`; returns the main groups' rate."""
         warmup = round(self._optim.warmup_epochs * self._epoch_steps)
         for group in self.torch.param_groups:
             config: GroupConfig = group["schedule"]
             group["lr"] = warmup_cosine(step, self._steps, warmup, config.lr * self._lr_scale, config.min_lr)
             group["weight_decay"] = cosine(step, self._steps, *config.decay_range) if group["decayed"] else 0.0
+        return float(self.torch.param_groups[0]["lr"])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as `<parameter>/<entry>` tensors, by parameter name, not by position."""
@@ -87,8 +97,8 @@ class BranchOptimizer:
             name, entry = key.rsplit("/", 1)
             p = by_name[name]
             value = read(key, own_rows(self._registered[name]))
-            # the step count of AdamW stays on the CPU, everything else lives beside its parameter
-            self.torch.state[p][entry] = value.clone() if value.ndim == 0 else value.to(p.device, copy=True)
+            # the step count of AdamW stays on the CPU, everything else lives beside its parameter, laid out alike
+            self.torch.state[p][entry] = value.clone() if value.ndim == 0 else torch.empty_like(p).copy_(value)
 
 
 def _groups(named: list[tuple[str, nn.Parameter]], branch: BranchConfig) -> Iterable[dict[str, Any]]:

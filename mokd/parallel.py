@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from mokd.backbones import Backbone
-from mokd.blocks import repeated_blocks
 from mokd.branch import Branch
-from mokd.config import COMPUTE_DTYPES, ParallelConfig, PrecisionConfig
-from mokd.network import Network
+from mokd.config import ParallelConfig, PrecisionConfig
+from mokd.loss_scale import LossScale
+from mokd.precision import half_dtype
+from mokd.recomputation import recompute_blocks
 from mokd.sharding import fill_whole
 from mokd.sync_batchnorm import synchronise_batchnorm
+from mokd.trainable import TrainableNetwork
 
 # torch 2.15 has renamed the option
 _BUFFER_OPTION = next(
@@ -31,8 +35,21 @@ _BUFFER_OPTION = next(
 )
 
 
-def parallelise(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, device: torch.device) -> None:
-    """Prepares a branch for this rank: device, synchronised BatchNorm, gradient averaging. The order matters."""
+def parallelise(
+    branch: Branch,
+    config: ParallelConfig,
+    precision: PrecisionConfig,
+    device: torch.device,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """Prepares a branch for this rank: precision, device, SyncBN, averaging of gradients. The order matters."""
+    # innermost, so that everything below acts on the blocks from outside
+    if branch.config.activation_checkpointing:
+        recompute_blocks(branch.student.backbone, f"branches.{branch.name}")
+    branch.loss_scale = LossScale() if precision.compute == "fp16" else None
+    if device.type == "cuda" and precision.channels_last:
+        _use_channels_last(branch, weights_too=config.strategy == "ddp")
     if not dist.is_initialized() or dist.get_world_size() == 1:
         branch.student.to(device)
         branch.teacher.to(device)
@@ -44,10 +61,19 @@ def parallelise(branch: Branch, config: ParallelConfig, precision: PrecisionConf
     if config.strategy == "fsdp":
         _shard(branch, config, precision, device)
     else:
-        _replicate(branch, device)
+        _replicate(branch, device, accumulate)
 
 
-def _replicate(branch: Branch, device: torch.device) -> None:
+def _use_channels_last(branch: Branch, *, weights_too: bool) -> None:
+    """Convolutional backbones in NHWC order, which is that of GPUs' tensor cores; FSDP cannot split such weights."""
+    for network in (branch.student, branch.teacher):
+        backbone = network.backbone
+        backbone.channels_last = not backbone.is_sequence
+        if backbone.channels_last and weights_too:
+            backbone.to(memory_format=torch.channels_last)
+
+
+def _replicate(branch: Branch, device: torch.device, accumulate: bool) -> None:
     """DDP: everything on every rank, gradients averaged in buckets during the backward pass."""
     # the device, before anything takes references to parameters
     branch.student.to(device)
@@ -55,22 +81,22 @@ def _replicate(branch: Branch, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     # SyncBN keeps the buffers equal, so they need no broadcast
     buffers: dict[str, Any] = {_BUFFER_OPTION: False}
-    branch.forward_student = DistributedDataParallel(
+    student = DistributedDataParallel(
         branch.student,
         device_ids=[device] if on_gpu else None,
         **buffers,
         gradient_as_bucket_view=True,
-        static_graph=on_gpu,
+        # a static graph is learnt from the first backward pass, which would be one without averaging
+        static_graph=on_gpu and not accumulate,
         # On CPUs: without it DDP regroups its buckets after the first step, which changes the order of summation. A
         # resumed run, whose first step is another one, would no longer be bit-identical.
         find_unused_parameters=not on_gpu,
     )
+    branch.forward_student, branch.accumulating = student, student.no_sync
 
 
 def _shard(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, device: torch.device) -> None:
     """FSDP2: student and teacher sharded alike, so that the teacher's average needs no communication."""
-    assert isinstance(branch.student, Network)
-    assert isinstance(branch.teacher, Network)
     # a network's outputs are views of its head's rows; nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = shard_mesh(config, device)
@@ -82,8 +108,10 @@ def _shard(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, d
     _shard_network(branch.student, mesh, precision, device, reshard=config.reshard_after_forward, root_reshard=False)
     _shard_network(branch.teacher, mesh, precision, device, reshard=True, root_reshard=True)
     # hooks of FSDP run on `forward` alone
-    register_fsdp_forward_method(branch.teacher, "search")
+    if hasattr(branch.teacher, "search"):
+        register_fsdp_forward_method(branch.teacher, "search")
     replicated = [p for p in branch.student.parameters() if p.ndim <= 1 and p.requires_grad]
+    branch.accumulating = partial(_without_averaging, branch.student)
     branch.finish_gradients = partial(_average_gradients, replicated)
 
 
@@ -97,7 +125,7 @@ def shard_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
 
 
 def _shard_network(
-    network: Network,
+    network: TrainableNetwork,
     mesh: DeviceMesh,
     precision: PrecisionConfig,
     device: torch.device,
@@ -105,7 +133,7 @@ def _shard_network(
     reshard: bool,
     root_reshard: bool,
 ) -> None:
-    """Groups from the inside out: each block, the MLP, the prototypes of each head, then the rest as the root."""
+    """Groups from the inside out: each unit of the network, then the rest as the root."""
     # One-dimensional parameters (biases, normalisations, layer scales) stay whole and in fp32 on every rank: they are
     # small, and a normalisation with parameters in half precision would be another function than under DDP.
     whole = {p for p in network.parameters() if p.ndim <= 1}
@@ -113,15 +141,14 @@ def _shard_network(
         parameter.data = parameter.data.to(device)
     shard = partial(fully_shard, mesh=mesh, ignored_params=whole)
     # gathered as the arithmetic uses them, which halves the traffic; summed up in fp32
-    dtype = COMPUTE_DTYPES[precision.compute]
-    compute = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if dtype != "float32":
-        compute = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in [*repeated_blocks(network.backbone), *network.t_head.blocks, network.mlp_head.mlp]:
+    dtype = half_dtype(precision)
+    compute = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else exact
+    units = network.units()
+    for block in units.half:
         shard(block, mp_policy=compute, reshard_after_forward=reshard)
-    for head in (network.mlp_head, network.t_head):
-        shard(head.last_layer, mp_policy=exact, reshard_after_forward=reshard)
+    for head in units.exact:
+        shard(head, mp_policy=exact, reshard_after_forward=reshard)
     shard(network, mp_policy=exact, reshard_after_forward=root_reshard)
 
 
@@ -129,6 +156,17 @@ def _whole_backbone(skeleton: Backbone, sharded: Backbone, device: torch.device)
     backbone: Backbone = copy.deepcopy(skeleton).to_empty(device=device)
     fill_whole(backbone, sharded)
     return backbone
+
+
+@contextmanager
+def _without_averaging(student: nn.Module) -> Generator[None]:
+    """Gradients add up on every rank; the next backward pass outside reduces the sum."""
+    root = cast(FSDPModule, student)
+    root.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        root.set_requires_gradient_sync(True)
 
 
 @torch.no_grad()

@@ -18,7 +18,10 @@ def images_per_rank(config: RunConfig, world_size: int) -> int:
             f"optim.global_batch: {batch} images cannot be dealt to {world_size} ranks evenly; "
             f"use a multiple of {world_size}, or {near[0] if near else 1} ranks"
         )
-    return batch // world_size
+    own, parts = batch // world_size, config.optim.accumulate
+    if own % parts:
+        raise UserError(f"optim.accumulate: {own} images per rank cannot be dealt into {parts} equal micro-batches")
+    return own
 
 
 def check_shard_groups(config: RunConfig, world_size: int) -> None:
@@ -38,8 +41,8 @@ def check(config: RunConfig, world_size: int) -> None:
             f"optim.global_batch: {config.optim.global_batch} images per step, but {config.data.train} holds {size}"
         )
     config.objective.check_samples(size)
-    if per_rank < 2 and world_size == 1:
-        raise UserError("optim.global_batch: at least 2 images, BatchNorm has no variance over one")
+    if per_rank // config.optim.accumulate < 2 and world_size == 1:
+        raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")
     if config.evaluation.every_epochs:
         for path in (config.evaluation.train, config.evaluation.test):
             assert path is not None

@@ -74,6 +74,8 @@ class Reporter:
         values.update(shown)
         for branch, loss, rate in zip(branches, losses, rates, strict=True):
             values[f"lr/{branch.name}"] = rate
+            if branch.loss_scale is not None:
+                values[f"loss_scale/{branch.name}"] = branch.loss_scale.scale
             values.update({f"{name}/{branch.name}": float(value) for name, value in loss.monitors().items()})
         self._metrics.write(values)
         self._progress.update(step, values)

@@ -46,6 +46,9 @@ def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objec
             _fill(branch.teacher, saved.below("teacher."))
             optimizer = saved.below("optimizer.")
             branch.optimizer.load_state_tensors(optimizer.keys(), optimizer.read)
+            scale = saved.below("loss_scale.")
+            if branch.loss_scale is not None and scale.names:  # else it was saved in another precision
+                branch.loss_scale.load_state_tensors(scale.read)
 
 
 @torch.no_grad()
@@ -89,6 +92,8 @@ def network_tensors(checkpoint: Checkpoint, branch: str, network: str) -> dict[s
 def identity(config: RunConfig, dataset_size: int) -> dict[str, Any]:
     """What makes two stretches of training parts of one run."""
     document = config.model_dump(mode="json")
+    for branch in document["branches"]:
+        del branch["activation_checkpointing"]  # changes memory and time, and nothing else
     return {**{key: _at(document, key) for key in FIXED}, "dataset_size": dataset_size}
 
 
@@ -132,6 +137,7 @@ def _branch_tensors(branch: Branch) -> dict[str, Tensor]:
         "student": branch.student.state_dict(),
         "teacher": branch.teacher.state_dict(),
         "optimizer": branch.optimizer.state_tensors(),
+        "loss_scale": branch.loss_scale.state_tensors() if branch.loss_scale else {},
     }
     return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.batch import ViewBatch
 from data_pipeline.loader import build_loader
 from mokd import checkpoint, state
-from mokd.branch import Branch, BranchLoss
+from mokd.branch import Branch
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, barrier, broadcast_from_main
 from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
 from mokd.parallel import parallelise
+from mokd.precision import set_tf32
 from mokd.preflight import images_per_rank
 from mokd.reporting import Reporter
 from mokd.run_directory import RunDirectory
 from mokd.saving import Saver
-from mokd.schedules import cosine
 from mokd.seeds import derive_seed
 from mokd.stopping import StopRequest
+from mokd.training_step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,6 @@ class Outcome:
     reason: str
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss term is NaN or infinite; the optimisers have not stepped."""
-
-
 class Trainer:
     """Trains all branches of a run from its newest checkpoint to its end, or to a request to stop."""
 
@@ -50,6 +46,7 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.ranks, self.device, self.stop = run, config, ranks, device, stop
         self.attempt = attempt
+        set_tf32(config.precision)
         self.loader = build_loader(
             config.data,
             config.views,
@@ -63,6 +60,7 @@ class Trainer:
         self.total_steps = config.total_steps(self.epoch_steps)
         self.objective = build_objective(config, device)
         self.branches = [self._build_branch(i) for i in range(len(config.branches))]
+        self.training_step = TrainingStep(config, self.branches, self.objective, stop, ranks, device, self.epoch_steps)
         self.identity = state.identity(config, self.loader.dataset_size)
         self.step = self._resume()
         self.report = Reporter(run, attempt, config, ranks, device, self.total_steps, self.step)
@@ -73,7 +71,8 @@ class Trainer:
         # seeded by name: a branch starts from the same weights in a pair and alone
         torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
         branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
-        parallelise(branch, self.config.parallel, self.config.precision, self.device)
+        accumulate = self.config.optim.accumulate > 1
+        parallelise(branch, self.config.parallel, self.config.precision, self.device, accumulate=accumulate)
         branch.optimizer = BranchOptimizer(
             branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
         )
@@ -128,49 +127,10 @@ class Trainer:
 
     def _train_step(self, batch: ViewBatch, epoch: int) -> bool:
         """One step of every branch; returns whether all ranks agree to stop after it."""
-        # all ranks alike, and a function of the step alone: there is no random state to save
-        torch.manual_seed(derive_seed(self.config.seed, "step", self.step))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16"):
-            losses = self.objective.losses(self.branches, batch.views, epoch)
-        stopping = self._agree(losses)
-        for loss in losses:
-            loss.total.backward()
-        rates = [self._update(branch) for branch in self.branches]
-        self.objective.commit()
+        done = self.training_step.run(self.step, batch.views, epoch)
         self.step += 1
-        self.report.step(self.step, epoch, self.branches, losses, rates)
-        return stopping
-
-    def _update(self, branch: Branch) -> float:
-        assert branch.optimizer is not None
-        branch.finish_gradients()
-        rate = branch.optimizer.step(self.step)
-        steps = self.config.optim.epochs * self.epoch_steps
-        branch.update_teacher(cosine(self.step, steps, *self.config.optim.teacher_momentum))
-        return rate
-
-    def _agree(self, losses: Sequence[BranchLoss]) -> bool:
-        """One small collective a step: whether anybody was asked to stop, and that every loss term is finite."""
-        terms = {f"loss/{b.name}/{t}": v for b, loss in self._with(losses) for t, v in loss.terms.items()}
-        terms.update({f"loss/{b.name}/total": loss.total.detach() for b, loss in self._with(losses)})
-        bad = ~torch.isfinite(torch.stack([value.float() for value in terms.values()]))
-        asked = torch.tensor([self.stop.reason is not None], device=self.device)
-        flags = torch.cat([asked, bad.to(asked.device)]).to(torch.int32)
-        if dist.is_initialized():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stopping, *broken = flags.tolist()
-        if any(broken):
-            names = [name for name, is_bad in zip(terms, broken, strict=True) if is_bad]
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: {', '.join(names)} not finite; stopped before the optimiser step. "
-                "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
-            )
-        if stopping:
-            self.stop.request("another rank was asked to stop")
-        return bool(stopping)
-
-    def _with(self, losses: Sequence[BranchLoss]) -> list[tuple[Branch, BranchLoss]]:
-        return list(zip(self.branches, losses, strict=True))
+        self.report.step(self.step, epoch, self.branches, done.losses, done.rates)
+        return done.stopping
 
     def _evaluation_due(self, epochs_done: int) -> bool:
         every = self.config.evaluation.every_epochs

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from data_pipeline.errors import UserError
 from mokd.distributed import Ranks, first_host, ranks_from_environment
 from mokd.workers import supervise
-from tests.support import ROOT
+from tests.support import RESNET, ROOT, THIRD, VIT
+
+CHECKPOINTED = [f"branches.{i}.activation_checkpointing=true" for i in range(3)]
 
 
-def train_steps(output: Path, ranks: int, objective: str, *parallel: str) -> dict[str, torch.Tensor]:
-    program = [sys.executable, "-m", "tests.programs.train_steps", str(output), objective, *parallel]
+def train_steps(output: Path, ranks: int, objective: str, *overrides: str) -> dict[str, torch.Tensor]:
+    program = [sys.executable, "-m", "tests.programs.train_steps", str(output), objective, *overrides]
     assert supervise(program, ranks) == 0
     return load_file(output)
 
@@ -31,27 +34,85 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 
 
 @pytest.mark.parametrize(
-    ("objective", "ranks", "parallel"),
+    ("objective", "ranks", "overrides"),
     [
-        ("dino", 2, ["strategy=ddp"]),
-        ("dino", 4, ["strategy=ddp"]),
-        ("dino", 2, ["strategy=fsdp"]),
-        ("dino", 4, ["strategy=fsdp", "reshard_after_forward=false"]),
-        ("dino", 4, ["strategy=fsdp", "shard_group_size=2"]),
-        ("contrastive", 4, ["strategy=ddp"]),
+        ("dino", 2, ["parallel.strategy=ddp"]),
+        ("dino", 4, ["parallel.strategy=ddp"]),
+        ("dino", 2, ["parallel.strategy=fsdp", *CHECKPOINTED]),
+        ("dino", 4, ["parallel.strategy=fsdp", "parallel.reshard_after_forward=false"]),
+        ("dino", 4, ["parallel.strategy=fsdp", "parallel.shard_group_size=2"]),
+        ("contrastive", 4, ["parallel.strategy=ddp"]),
+        ("contrastive", 2, ["parallel.strategy=fsdp"]),
     ],
 )
 def test_ranks_equal_one_process_with_the_whole_batch(
-    objective: str, ranks: int, parallel: list[str], whole: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
+    objective: str, ranks: int, overrides: list[str], whole: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     """Parameters, EMA, optimisers, centres or banks and BatchNorm statistics, with CNN and ViT branches, in float64."""
-    split, expected = train_steps(tmp_path / "split.safetensors", ranks, objective, *parallel), whole(objective)
+    split, expected = train_steps(tmp_path / "split.safetensors", ranks, objective, *overrides), whole(objective)
     assert expected.keys() == split.keys()
     assert {"student", "teacher", "optimizer"} <= {key.split("/")[1].split(".")[0] for key in expected}
     assert sum("running_var" in key for key in expected) > 5
     for key, value in expected.items():
         # AdamW divides a gradient of zero, up to rounding, by its own size: that is where the tolerance goes
         torch.testing.assert_close(split[key], value, rtol=1e-7, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def without_batchnorm() -> str:
+    """Branches whose images do not see each other."""
+    convnext = {
+        **RESNET,
+        "name": "convnext",
+        "backbone": "convnext_atto",
+        "backbone_options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "output_stride": 8},
+        "drop_path": 0.2,
+    }
+    return f"branches={json.dumps([convnext, VIT])}"
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return train_steps(tmp_path_factory.mktemp("at-once") / "1.safetensors", 1, "dino", without_batchnorm())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ["optim.accumulate=4"]),
+        (2, ["optim.accumulate=3"]),
+        (2, ["optim.accumulate=2", "parallel.strategy=fsdp"]),
+    ],
+)
+def test_micro_batches_equal_the_whole_batch(
+    ranks: int, overrides: list[str], at_once: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Gradients, centres, stochastic depth: everything but BatchNorm, in float64."""
+    parts = train_steps(tmp_path / "parts.safetensors", ranks, "dino", without_batchnorm(), *overrides)
+    assert at_once.keys() == parts.keys()
+    for key, value in at_once.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-7, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_sharded_half_precision_is_that_of_ddp(compute: str, tmp_path: Path) -> None:
+    """Weights gathered in half precision are those that autocast would have made.
+
+    In fp16 a gradient of the first branch overflows on one rank: all of them skip that step of it.
+    """
+    overrides = [f"branches={json.dumps([VIT, THIRD])}", f"precision.compute={compute}"]
+    ends = [
+        train_steps(tmp_path / strategy, 2, "dino", *overrides, f"parallel.strategy={strategy}")
+        for strategy in ("ddp", "fsdp")
+    ]
+    for key, value in ends[0].items():
+        if "optimizer" in key and "mlp.0.bias" not in key:
+            error = (ends[1][key] - value).norm() / (value.norm() + 1e-6)
+            assert error < 0.01, (key, error)
+    if compute == "fp16":
+        for end in ends:
+            assert [float(end[f"branch-{name}/loss_scale.scale"]) for name in ("vit", "vit_wide")] == [0.5, 1.0]
+            steps = [int(v) for k, v in end.items() if k.endswith("/step") and k.startswith("branch-vit/")]
+            assert set(steps) == {4}  # of five
 
 
 def test_ranks_from_torchrun_slurm_and_nobody() -> None:

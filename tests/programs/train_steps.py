@@ -1,6 +1,6 @@
 """Five training steps in float64 on given images, in this rank; the first rank writes the state it ends in.
 
-usage: python -m tests.programs.train_steps OUTPUT.safetensors dino|contrastive [key=value of `parallel` ...]
+usage: python -m tests.programs.train_steps OUTPUT.safetensors dino|contrastive [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -8,57 +8,78 @@ from __future__ import annotations
 import sys
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
+from data_pipeline import schema
 from mokd import state
+from mokd.branch import Branch
+from mokd.config import RunConfig
 from mokd.distributed import barrier, join, leave, pick_device, ranks_from_environment
 from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
 from mokd.parallel import parallelise
+from mokd.preflight import images_per_rank
+from mokd.sharding import piece
+from mokd.stopping import StopRequest
 from mokd.train import leave_at_once
-from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny_config
+from mokd.training_step import TrainingStep
+from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny
 
 BATCH, STEPS = 12, 5
+OVERFLOW = 2  # the step at which, in fp16, a gradient of the first branch overflows on the last rank
 
 
-def main(output: str, objective_kind: str, *parallel: str) -> None:
-    torch.set_default_dtype(torch.float64)
+def overflow_once(branch: Branch) -> None:
+    """Makes one element of the next gradient infinite, in this rank alone."""
+    finish = branch.finish_gradients
+
+    def finish_and_break() -> None:
+        finish()
+        largest = max((p for p in branch.student.parameters() if p.grad is not None), key=lambda p: p.numel())
+        piece(largest.grad).view(-1)[0] = torch.inf
+        branch.finish_gradients = finish
+
+    branch.finish_gradients = finish_and_break
+
+
+def main(output: str, objective_kind: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     join(ranks, device, 240)
     resnet = {**RESNET, "mlp_head": {**RESNET["mlp_head"], "batch_norm": True}}
-    config = tiny_config(
+    raw = tiny(
         branches=[resnet, VIT, THIRD],
+        optim__global_batch=BATCH,
         optim__freeze_last_layer_epochs=0,
         optim__warmup_epochs=0,
         **(CONTRASTIVE if objective_kind == "contrastive" else {}),
         optim__clip_grad_norm=0.05,  # low enough to act
-        **{f"parallel__{key}": yaml.safe_load(value) for key, value in (item.split("=") for item in parallel)},
     )
+    config = schema.validate(RunConfig, schema.apply_overrides(raw, overrides), "train_steps")
+    # half precision is made from fp32 alone
+    torch.set_default_dtype(torch.float64 if config.precision.compute == "fp32" else torch.float32)
     objective = build_objective(config, device)
-    objective.load_state_tensors({key: t.double() for key, t in objective.state_tensors().items()})
-    own = BATCH // ranks.world_size
+    objective.load_state_tensors({key: t.to(torch.get_default_dtype()) for key, t in objective.state_tensors().items()})
+    own = images_per_rank(config, ranks.world_size)
     branches = []
     for i, branch_config in enumerate(config.branches):
         torch.manual_seed(i)
         branch = objective.build_branch(branch_config, own)
-        parallelise(branch, config.parallel, config.precision, device)
-        branch.optimizer = BranchOptimizer(branch.student, branch_config, config.optim, 1.0, 5)
+        parallelise(branch, config.parallel, config.precision, device, accumulate=config.optim.accumulate > 1)
+        branch.optimizer = BranchOptimizer(branch.student, branch_config, config.optim, 1.0, STEPS)
         branches.append(branch)
+        if branch.loss_scale is not None:
+            branch.loss_scale.scale = 1.0  # networks so small have large gradients
+    training = TrainingStep(config, branches, objective, StopRequest(), ranks, device, STEPS)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         groups = [(group.count, group.size_px) for group in config.views.groups]
         views = [torch.randn(v, BATCH, 3, s, s, generator=generator) for v, s in groups]
         mine = [view[:, ranks.rank * own : (ranks.rank + 1) * own] for view in views]
-        torch.manual_seed(100 + step)  # stochastic depth
-        for branch, loss in zip(branches, objective.losses(branches, mine, 0), strict=True):
-            loss.total.backward()
-            branch.finish_gradients()
-            branch.optimizer.step(step)
-            branch.update_teacher(0.9)
-        objective.commit()
+        if config.precision.compute == "fp16" and step == OVERFLOW and ranks.rank == ranks.world_size - 1:
+            overflow_once(branches[0])
+        training.run(step, mine, epoch=0)
     files = state.collect(branches, objective, main=ranks.is_main)
     if ranks.is_main:
         save_file({f"{name}/{key}": tensor for name, file in files.items() for key, tensor in file.items()}, output)

@@ -1,0 +1,26 @@
+"""What parallelism has to know of a branch's network, whatever the objective."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from mokd.backbones import Backbone
+
+
+class Units(NamedTuple):
+    """The modules that are sharded by themselves; `exact` ones compute in fp32 or better, whatever the precision."""
+
+    half: list[nn.Module]
+    exact: list[nn.Module]
+
+
+class TrainableNetwork(nn.Module):
+    """A backbone with what an objective puts on it."""
+
+    backbone: Backbone
+
+    def units(self) -> Units:
+        """The units of sharding, the inner ones; what is left over is sharded with the whole."""
+        raise NotImplementedError

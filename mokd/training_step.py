@@ -1,0 +1,172 @@
+"""One step of every branch: forward and backward passes over the micro-batches, agreement of the ranks, updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mokd.branch import Branch, BranchLoss, mean_loss
+from mokd.config import RunConfig
+from mokd.distributed import Ranks
+from mokd.drop_path import micro_batch
+from mokd.loss_scale import any_overflow
+from mokd.objective import Objective
+from mokd.precision import autocast
+from mokd.schedules import cosine
+from mokd.seeds import derive_seed
+from mokd.stopping import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term is NaN or infinite; the optimisers have not stepped."""
+
+
+class StepResult(NamedTuple):
+    """What a step shows: a loss and a learning rate per branch, and whether all ranks agree to stop after it."""
+
+    losses: list[BranchLoss]
+    rates: list[float]
+    stopping: bool
+
+
+class TrainingStep:
+    """Trains branches on one batch after another; nothing is remembered from step to step but their state."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        branches: Sequence[Branch],
+        objective: Objective,
+        stop: StopRequest,
+        ranks: Ranks,
+        device: torch.device,
+        epoch_steps: int,
+    ) -> None:
+        self.config, self.branches, self.objective = config, branches, objective
+        self.stop, self.ranks, self.device = stop, ranks, device
+        self.epoch_steps = epoch_steps
+
+    def run(self, step: int, groups: Sequence[Tensor], epoch: int) -> StepResult:
+        """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`."""
+        losses, answer = self._gradients(step, groups, epoch)
+        stopping = self._heed(step, losses, answer())
+        rates = self._update(step)
+        self.objective.commit()
+        return StepResult(losses, rates, stopping)
+
+    def _gradients(
+        self, step: int, groups: Sequence[Tensor], epoch: int
+    ) -> tuple[list[BranchLoss], Callable[[], list[int]]]:
+        """Forward and backward passes over all micro-batches: the mean losses, and what `_ask` will answer."""
+        parts = self.config.optim.accumulate
+        so_far: list[BranchLoss] | None = None
+        for index in range(parts):
+            last = index + 1 == parts
+            with ExitStack() as stack:
+                stack.enter_context(micro_batch(index, parts))
+                if not last:  # one mean over ranks a step
+                    for branch in self.branches:
+                        stack.enter_context(branch.accumulating())
+                # all ranks and micro-batches alike, and a function of the step alone: no random state is saved
+                torch.manual_seed(derive_seed(self.config.seed, "step", step))
+                views = [group.chunk(parts, dim=1)[index] for group in groups]
+                with autocast(self.config.precision, self.device):
+                    losses = self.objective.losses(self.branches, views, epoch)
+                so_far = mean_loss(so_far, losses, parts)
+                if last:
+                    # asked for ahead of the backward passes, so that the answer is there after them
+                    answer = self._ask(so_far)
+                for branch, loss in self._with(losses):
+                    scale = branch.loss_scale.scale if branch.loss_scale else 1.0
+                    (loss.total * (scale / parts)).backward()
+        assert so_far is not None
+        return so_far, answer
+
+    def _update(self, step: int) -> list[float]:
+        """Optimiser and teacher of every branch; their learning rates. One with an overflow stands still."""
+        taken = []
+        for branch in self.branches:
+            assert branch.optimizer is not None
+            branch.finish_gradients()
+            taken.append(branch.optimizer.take_gradients(step))
+        overflowed = [False] * len(taken)
+        if self.config.precision.compute == "fp16":
+            overflowed = any_overflow(taken)
+            for branch, gradients in zip(self.branches, taken, strict=True):
+                assert branch.loss_scale is not None
+                torch._foreach_mul_(gradients, 1.0 / branch.loss_scale.scale)
+        steps = self.config.optim.epochs * self.epoch_steps
+        momentum = cosine(step, steps, *self.config.optim.teacher_momentum)
+        rates = []
+        for branch, overflow in zip(self.branches, overflowed, strict=True):
+            assert branch.optimizer is not None
+            if branch.loss_scale is not None:
+                branch.loss_scale.update(overflow)
+            if overflow:
+                self._skip(branch, step)
+                rates.append(branch.optimizer.schedule(step))
+                continue
+            rates.append(branch.optimizer.step(step))
+            branch.update_teacher(momentum)
+        return rates
+
+    def _skip(self, branch: Branch, step: int) -> None:
+        """Student, optimiser and teacher stay as they are: the average is over states that a student has reached."""
+        assert branch.optimizer is not None
+        assert branch.loss_scale is not None
+        branch.optimizer.drop_gradients()
+        if self.ranks.is_main:
+            log.warning(
+                "step %d: the gradients of %s overflow fp16; this step of it is skipped, its loss scale is %g now",
+                *(step + 1, branch.name, branch.loss_scale.scale),
+            )
+
+    def _terms(self, losses: Sequence[BranchLoss]) -> dict[str, Tensor]:
+        terms = {f"loss/{b.name}/{t}": v for b, loss in self._with(losses) for t, v in loss.terms.items()}
+        return {**terms, **{f"loss/{b.name}/total": loss.total for b, loss in self._with(losses)}}
+
+    def _ask(self, losses: Sequence[BranchLoss]) -> Callable[[], list[int]]:
+        """One small collective a step: whether anybody was asked to stop, and which loss terms are not finite.
+
+        What it returns waits for the answer, on a GPU for nothing that was queued after the question.
+        """
+        bad = ~torch.isfinite(torch.stack([value.float() for value in self._terms(losses).values()]))
+        asked = torch.tensor([self.stop.reason is not None], device=self.device)
+        flags = torch.cat([asked, bad.to(asked.device)]).to(torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if not flags.is_cuda:
+            return flags.tolist
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def answer() -> list[int]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return answer
+
+    def _heed(self, step: int, losses: Sequence[BranchLoss], flags: list[int]) -> bool:
+        """Whether to stop after this step, the same on all ranks. NonFiniteLossError before the optimisers step."""
+        stopping, *broken = flags
+        if any(broken):
+            names = [name for name, is_bad in zip(self._terms(losses), broken, strict=True) if is_bad]
+            raise NonFiniteLossError(
+                f"step {step + 1}: {', '.join(names)} not finite; stopped before the optimiser step. "
+                "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
+            )
+        if stopping:
+            self.stop.request("another rank was asked to stop")
+        return bool(stopping)
+
+    def _with(self, losses: Sequence[BranchLoss]) -> list[tuple[Branch, BranchLoss]]:
+        return list(zip(self.branches, losses, strict=True))
