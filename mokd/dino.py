@@ -14,9 +14,11 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from mokd.branch import Branch, BranchLoss
 from mokd.config import BranchConfig, DinoConfig
-from mokd.losses import Target, at_least_fp32, distillation_loss, entropy, teacher_probabilities
+from mokd.losses import Target, entropy, teacher_probabilities
 from mokd.monitors import feature_monitors
-from mokd.network import HeadOutput, NetworkOutput, build_network
+from mokd.network import NetworkOutput, build_network
+from mokd.prototype_loss import prototype_loss
+from mokd.prototypes import HeadOutput
 from mokd.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
@@ -44,7 +46,7 @@ class DinoObjective:
         students: list[NetworkOutput] = [branch.forward_student(list(views)) for branch in branches]
         with torch.no_grad():
             teachers: list[NetworkOutput] = [branch.teacher(views[:1]) for branch in branches]
-            logits = [(at_least_fp32(t.mlp.logits()), at_least_fp32(t.t_head.logits())) for t in teachers]
+            logits = [(t.mlp.logits(), t.t_head.logits()) for t in teachers]
             self._seen = torch.stack([torch.stack([head.mean(dim=(0, 1)) for head in pair]) for pair in logits])
             cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
             # the targets that a branch offers to all others, computed once
@@ -103,7 +105,7 @@ class DinoObjective:
         return BranchLoss(total, terms, monitors)
 
     def _head_loss(self, output: HeadOutput, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-        return distillation_loss(output.logits(), targets, self.config.student_temp)
+        return prototype_loss(output, targets, self.config.student_temp)
 
     def _search(
         self, i: int, branches: Sequence[Branch], student: NetworkOutput, teachers: Sequence[NetworkOutput], temp: float
@@ -116,7 +118,7 @@ class DinoObjective:
         for j, other in enumerate(branches):
             if j != i:
                 rows = other.teacher.search(teachers[j].tokens, queries)  # type: ignore[operator]
-                logits = HeadOutput(rows, teachers[j].t_head.weight).logits()
+                logits = HeadOutput(rows, teachers[j].t_head.prototypes).logits()
                 found.append(teacher_probabilities(logits, None, temp))
         return found
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mokd.backbones import BackboneShapes, Features
 from mokd.config import MlpHeadConfig, THeadConfig
+from mokd.prototypes import Prototypes
 
 
 def init_linear(module: nn.Module) -> None:
@@ -22,21 +23,6 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-class Prototypes(nn.Module):
-    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at 1."""
-
-    def __init__(self, width: int, count: int, *, train_gain: bool) -> None:
-        super().__init__()
-        self.direction = nn.Parameter(torch.empty(count, width))
-        self.gain = nn.Parameter(torch.ones(count, 1), requires_grad=train_gain)
-        nn.init.trunc_normal_(self.direction, std=0.02)
-
-    def forward(self) -> Tensor:
-        """The normalised weight `[K, C]`; computed once a step and used for all rows."""
-        with torch.autocast(self.direction.device.type, enabled=False):  # a norm is no place for bf16
-            return F.normalize(self.direction, dim=1) * self.gain
 
 
 class MlpHead(nn.Module):

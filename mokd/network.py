@@ -17,17 +17,7 @@ from data_pipeline.config import ViewsConfig
 from mokd.backbones import Backbone, build_backbone, load_weights, measure_shapes
 from mokd.config import BranchConfig, DinoConfig
 from mokd.heads import MlpHead, THead
-
-
-class HeadOutput(NamedTuple):
-    """Rows `[V, B, C]` before the prototypes, and the prototypes' weight `[K, C]`: the logits are their product."""
-
-    rows: Tensor
-    weight: Tensor
-
-    def logits(self) -> Tensor:
-        """`[V, B, K]`."""
-        return torch.nn.functional.linear(self.rows, self.weight)
+from mokd.prototypes import HeadOutput
 
 
 class NetworkOutput(NamedTuple):

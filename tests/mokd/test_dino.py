@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mokd.branch import Branch
 from mokd.dino import DinoObjective
+from mokd.prototypes import HeadOutput, Prototypes
 from tests.support import RESNET, THIRD, VIT, tiny_config
 
 B, GLOBALS, LOCALS = 3, 2, 3
@@ -56,6 +58,10 @@ def paired(teacher: Tensor, student: Tensor, center: Tensor, temp: float) -> Ten
     return sum(losses) / len(losses)
 
 
+def literal_logits(output: HeadOutput, last_layer: Prototypes) -> Tensor:
+    return F.linear(output.rows, F.normalize(last_layer.direction, dim=1) * last_layer.gain)
+
+
 def literal(
     objective: DinoObjective, branches: list[Branch], views: list[Tensor], epoch: int
 ) -> list[dict[str, Tensor]]:
@@ -66,15 +72,18 @@ def literal(
     for i, branch in enumerate(branches):
         own = temperature(epoch, branch.config.teacher_temp_warmup_epochs)
         cross = temperature(epoch, objective.config.cross_temp_warmup_epochs)
-        mlp, dense = students[i].mlp.logits(), students[i].t_head.logits()
+        mlp = literal_logits(students[i].mlp, branch.student.mlp_head.last_layer)
+        dense = literal_logits(students[i].t_head, branch.student.t_head.last_layer)
+        taught = [literal_logits(t.mlp, b.teacher.mlp_head.last_layer) for t, b in zip(teachers, branches, strict=True)]
+        own_thead = literal_logits(teachers[i].t_head, branch.teacher.t_head.last_layer)
         terms = {
-            "self_mlp": paired(teachers[i].mlp.logits(), mlp, objective.centers[i, 0], own),
-            "self_thead": paired(teachers[i].t_head.logits(), dense, objective.centers[i, 1], own),
+            "self_mlp": paired(taught[i], mlp, objective.centers[i, 0], own),
+            "self_thead": paired(own_thead, dense, objective.centers[i, 1], own),
         }
         others = [j for j in range(len(branches)) if j != i]
         if others:
             terms["cross_mlp"] = sum(
-                paired(teachers[j].mlp.logits(), mlp, objective.centers[j, 0], cross) for j in others
+                paired(taught[j], mlp, objective.centers[j, 0], cross) for j in others
             ) / len(others)
             searches = []
             for j in others:
@@ -84,7 +93,8 @@ def literal(
                     for b in range(B):
                         with torch.no_grad():  # one query, one map, one row
                             query = students[i].queries[GLOBALS + v, b][None]
-                            found = head(teachers[j].tokens[b][None], query)[0] @ teachers[j].t_head.weight.T
+                            found = head(teachers[j].tokens[b][None], query)
+                            found = F.linear(found, F.normalize(head.last_layer.direction) * head.last_layer.gain)[0]
                             target = torch.softmax(found / cross, -1)
                         rows.append(-(target * torch.log_softmax(dense[GLOBALS + v, b] / 0.1, -1)).sum())
                 searches.append(sum(rows) / len(rows))
@@ -107,6 +117,13 @@ def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) ->
         if "cross_mlp" in terms:
             total = total + branch.config.weight * (terms["cross_mlp"] + terms["cross_search"])
         torch.testing.assert_close(loss.total, total, rtol=1e-6, atol=0)
+        parameters = [p for p in branch.student.parameters() if p.requires_grad]
+        # parts that a network does not use have no gradient in either
+        options = {"allow_unused": True, "retain_graph": True}
+        wanted = torch.autograd.grad(total, parameters, **options)
+        found = torch.autograd.grad(loss.total, parameters, **options)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
 def test_gradients_reach_the_own_student_and_nothing_else() -> None:
