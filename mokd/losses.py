@@ -49,6 +49,22 @@ class Target(NamedTuple):
         return [int(view >= self.first_view) for view in range(views)]
 
 
+class Cut(NamedTuple):
+    """A target as a block of logits `[V, b, k]` meets it: `[Q, b, k]`, or `[V - first_view, b, k]`.
+
+    factor: of a single comparison in the loss.
+    """
+
+    probabilities: Tensor
+    factor: float
+    paired: bool
+    first_view: int
+
+    def own(self, z: Tensor) -> slice:
+        """The views that are students and teachers both."""
+        return slice(min(self.probabilities.shape[0], z.shape[0]))
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in fp32, or in fp64 if it is: a softmax over many prototypes is not safe in less."""
     return x if x.dtype == torch.float64 else x.float()
@@ -57,9 +73,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float) -> Tensor:
     """`softmax((t - center) / T)` over the last dimension, in fp32 or better; no gradient."""
     logits = at_least_fp32(logits.detach())
-    if center is not None:
-        logits = logits - center
-    return torch.softmax(logits / temperature, dim=-1)
+    scaled = logits / temperature if center is None else (logits - center).div_(temperature)
+    return torch.softmax(scaled, dim=-1)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

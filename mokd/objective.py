@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -20,8 +20,8 @@ class Objective(Protocol):
         """Student and teacher of one branch, with the heads that the objective needs."""
         ...
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
-        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`."""
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
+        """One loss per branch on one batch of views, ready for `backward`, each computed when it is asked for."""
         ...
 
     def commit(self) -> None:
@@ -39,4 +39,11 @@ class Objective(Protocol):
 
 def build_objective(config: RunConfig, device: torch.device) -> Objective:
     """The objective that `config.objective.kind` names."""
-    return DinoObjective(config.objective, config.views, [branch.name for branch in config.branches], device)
+    return DinoObjective(
+        config.objective,
+        config.views,
+        [branch.name for branch in config.branches],
+        device,
+        frozen_epochs=config.optim.freeze_last_layer_epochs,
+        recompute_logits=config.execution.recompute_logits,
+    )

@@ -1,4 +1,7 @@
-"""The fused loss on a block of logits, in torch operations that stay in place and, on CPUs, in the cache."""
+"""The fused loss on a block of logits, in torch operations that stay in place and, on CPUs, in the cache.
+
+A block is `[V, B, k]`: all student views of some images, over some prototypes.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mokd.losses import Target
+from mokd.losses import Cut
 
 
-def log_sum_exp(z: Tensor) -> Tensor:
-    """Over the last dimension."""
-    return z.logsumexp(dim=-1)
+def observe(z: Tensor, cuts: Sequence[Cut], dots: Tensor) -> tuple[Tensor, Tensor]:
+    """What the loss needs of scaled logits: every row's largest one and its `sum(exp(z - largest))`, both `[V, B, 1]`.
+
+    Every term's sum of `p z` over its comparisons is added to `dots`. Leaves `exp(z - largest)` in `z`. (Another
+    implementation may cut a row into T tiles of equal size, each with a largest logit of its own: `[V, B, T]`.)
+    """
+    all_views = z.sum(dim=0) if any(cut.paired for cut in cuts) else z
+    for i, cut in enumerate(cuts):
+        p, own = cut.probabilities, cut.own(z)
+        if cut.paired:
+            # every view meets the sum of all targets, less its own
+            dots[i] += (all_views * p.sum(dim=0)).sum() - (z[own] * p[own]).sum()
+        else:
+            dots[i] += (z[cut.first_view :] * p).sum()
+    largest = z.amax(dim=-1, keepdim=True)
+    z.sub_(largest).exp_()
+    return largest, z.sum(dim=-1, keepdim=True)
 
 
 def gradient(
-    z: Tensor, log_z: Tensor, mass: Tensor, targets: Sequence[tuple[Target, float]], start: int, dots: Tensor
+    x: Tensor, factor: Tensor, cuts: Sequence[Cut], dtype: torch.dtype, largest: Tensor | None = None
 ) -> Tensor:
-    """See `mokd.prototype_loss.Kernels`."""
-    stop = start + z.shape[-1]
-    cuts = [target.probabilities[..., start:stop] for target, _ in targets]
-    all_views = z.sum(dim=0) if any(target.paired for target, _ in targets) else z
-    paired: Tensor | None = None
-    for i, ((target, factor), p) in enumerate(zip(targets, cuts, strict=True)):
-        if not target.paired:
-            dots[i] += (z[target.first_view :] * p).sum()
-            continue
-        # every view meets the sum of all targets, less its own
-        own = min(p.shape[0], z.shape[0])
-        dots[i] += (all_views * p.sum(dim=0)).sum() - (z[:own] * p[:own]).sum()
-        paired = p * factor if paired is None else paired.add_(p, alpha=factor)
-    z.sub_(log_z.unsqueeze(-1)).exp_().mul_(mass.view(-1, 1, 1))
-    if paired is not None:
-        own = min(paired.shape[0], z.shape[0])
-        z.sub_(paired.sum(dim=0))
-        z[:own].add_(paired[:own])
-    for (target, factor), p in zip(targets, cuts, strict=True):
-        if not target.paired:
-            z[target.first_view :].sub_(p, alpha=factor)
-    return z
+    """The gradient towards the logits, in `dtype`: `exp(z - largest) * factor` less all targets.
+
+    x: these exponentials, or the logits z where `largest` is given; it is overwritten. factor, largest: `[V, B, 1]`.
+    """
+    if largest is not None:
+        x.sub_(largest).exp_()
+    x.mul_(factor)
+    paired = [cut for cut in cuts if cut.paired]
+    if paired:
+        combined = paired[0].probabilities * paired[0].factor
+        for cut in paired[1:]:
+            combined.add_(cut.probabilities, alpha=cut.factor)
+        own = paired[0].own(x)
+        x.sub_(combined.sum(dim=0))
+        x[own].add_(combined[own])
+    for cut in cuts:
+        if not cut.paired:
+            x[cut.first_view :].sub_(cut.probabilities, alpha=cut.factor)
+    return x.to(dtype)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.batch import ViewBatch
 from data_pipeline.loader import build_loader
 from mokd import checkpoint, state
+from mokd.agreement import Agreement
 from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, barrier
@@ -126,11 +126,8 @@ class Trainer:
         """One step of every branch; returns whether all ranks agree to stop after it."""
         # all ranks alike, and a function of the step alone: there is no random state to save
         torch.manual_seed(derive_seed(self.config.seed, "step", self.step))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16"):
-            losses = self.objective.losses(self.branches, batch.views, epoch)
-        stopping = self._agree(losses)
-        for loss in losses:
-            loss.total.backward()
+        losses, agreement = self._differentiate(batch, epoch)
+        stopping = self._check(agreement)
         rates = [self._update(branch) for branch in self.branches]
         self.objective.commit()
         self.step += 1
@@ -144,28 +141,39 @@ class Trainer:
         branch.update_teacher(cosine(self.step, steps, *self.config.optim.teacher_momentum))
         return rate
 
-    def _agree(self, losses: Sequence[BranchLoss]) -> bool:
-        """One small collective a step: whether anybody was asked to stop, and that every loss term is finite."""
-        terms = {f"loss/{b.name}/{t}": v for b, loss in self._with(losses) for t, v in loss.terms.items()}
-        terms.update({f"loss/{b.name}/total": loss.total.detach() for b, loss in self._with(losses)})
-        bad = ~torch.isfinite(torch.stack([value.float() for value in terms.values()]))
-        asked = torch.tensor([self.stop.reason is not None], device=self.device)
-        flags = torch.cat([asked, bad.to(asked.device)]).to(torch.int32)
-        if dist.is_initialized():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stopping, *broken = flags.tolist()
-        if any(broken):
-            names = [name for name, is_bad in zip(terms, broken, strict=True) if is_bad]
+    def _differentiate(self, batch: ViewBatch, epoch: int) -> tuple[list[BranchLoss], Agreement]:
+        """Gradients, branch by branch: the activations of one are gone before those of the next exist."""
+        losses: list[BranchLoss] = []
+        pending = self.objective.losses(self.branches, batch.views, epoch)
+        for number in range(len(self.branches)):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16"):
+                losses.append(next(pending))
+            if number + 1 == len(self.branches):
+                # asked before the last backward pass is enqueued, whose work covers the answer's way to the host
+                agreement = self._ask(losses)
+            losses[-1].total.backward()
+        return losses, agreement
+
+    def _ask(self, losses: Sequence[BranchLoss]) -> Agreement:
+        """Of all ranks: whether anybody was asked to stop, and whether every loss term is finite."""
+        terms = {
+            f"loss/{branch.name}/{term}": value
+            for branch, loss in zip(self.branches, losses, strict=True)
+            for term, value in [*loss.terms.items(), ("total", loss.total)]
+        }
+        return Agreement(terms, self.stop.reason is not None, self.device)
+
+    def _check(self, agreement: Agreement) -> bool:
+        """Whether all ranks stop after this step."""
+        stopping, broken = agreement.answer()
+        if broken:
             raise NonFiniteLossError(
-                f"step {self.step + 1}: {', '.join(names)} not finite; stopped before the optimiser step. "
+                f"step {self.step + 1}: {', '.join(broken)} not finite; stopped before the optimiser step. "
                 "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
             )
         if stopping:
             self.stop.request("another rank was asked to stop")
-        return bool(stopping)
-
-    def _with(self, losses: Sequence[BranchLoss]) -> list[tuple[Branch, BranchLoss]]:
-        return list(zip(self.branches, losses, strict=True))
+        return stopping
 
     def _evaluation_due(self, epochs_done: int) -> bool:
         every = self.config.evaluation.every_epochs

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mokd import dino
 from mokd.branch import Branch
 from mokd.dino import DinoObjective
 from mokd.prototypes import HeadOutput, Prototypes
@@ -82,9 +83,9 @@ def literal(
         }
         others = [j for j in range(len(branches)) if j != i]
         if others:
-            terms["cross_mlp"] = sum(
-                paired(taught[j], mlp, objective.centers[j, 0], cross) for j in others
-            ) / len(others)
+            terms["cross_mlp"] = sum(paired(taught[j], mlp, objective.centers[j, 0], cross) for j in others) / len(
+                others
+            )
             searches = []
             for j in others:
                 head = branches[j].teacher.t_head
@@ -108,7 +109,7 @@ def literal(
 def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) -> None:
     objective, built, views = build(branches)
     expected = literal(objective, built, views, epoch)
-    losses = objective.losses(built, views, epoch)
+    losses = list(objective.losses(built, views, epoch))
     for branch, loss, terms in zip(built, losses, expected, strict=True):
         assert set(loss.terms) == set(terms)
         for name, value in terms.items():
@@ -128,7 +129,7 @@ def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) ->
 
 def test_gradients_reach_the_own_student_and_nothing_else() -> None:
     objective, built, views = build([RESNET, VIT])
-    losses = objective.losses(built, views, 0)
+    losses = list(objective.losses(built, views, 0))
     losses[0].total.backward()
     own = {name for name, p in built[0].student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     frozen = {"mlp_head.last_layer.gain"}  # not trained for this branch, by its configuration
@@ -139,10 +140,31 @@ def test_gradients_reach_the_own_student_and_nothing_else() -> None:
 
 def test_cross_terms_carry_no_gradient_into_the_other_branch() -> None:
     objective, built, views = build([RESNET, VIT], objective__terms={"self_mlp": False, "self_thead": False})
-    losses = objective.losses(built, views, 0)
+    losses = list(objective.losses(built, views, 0))
     torch.autograd.backward([loss.total for loss in losses[1:]])
     assert all(p.grad is None for p in built[0].student.parameters())
     assert any(p.grad is not None for p in built[1].student.parameters())
+
+
+def test_while_frozen_prototypes_get_no_gradients_and_all_else_the_same() -> None:
+    gradients = []
+    for frozen_epochs in (0, 1):
+        objective, built, views = build([RESNET, VIT])
+        objective.frozen_epochs = frozen_epochs
+        next(objective.losses(built, views, 0)).total.backward()
+        gradients.append({name: p.grad for name, p in built[0].student.named_parameters()})
+    for name, gradient in gradients[1].items():
+        expected = None if ".last_layer." in name else gradients[0][name]
+        assert (gradient is None and expected is None) or torch.equal(gradient, expected), name
+
+
+def test_a_target_is_computed_once_for_self_and_cross_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = dino.teacher_probabilities
+    monkeypatch.setattr(dino, "teacher_probabilities", lambda *given: made.append(given[2]) or real(*given))
+    objective, built, views = build([RESNET, VIT])
+    list(objective.losses(built, views, 40))  # all temperatures are the same by then
+    assert len(made) == 4 + 2  # two heads of two branches, and what each branch has found
 
 
 def test_queries_are_detached_and_mean_what_the_method_says() -> None:
@@ -162,7 +184,7 @@ def test_queries_are_detached_and_mean_what_the_method_says() -> None:
 def test_centers_move_after_use_towards_the_global_mean() -> None:
     objective, built, views = build([RESNET, VIT])
     before = objective.centers.clone()
-    objective.losses(built, views, 0)
+    list(objective.losses(built, views, 0))
     assert torch.equal(objective.centers, before)
     with torch.no_grad():
         means = [built[i].teacher(views[:1]).mlp.logits().mean(dim=(0, 1)) for i in range(2)]
@@ -174,9 +196,9 @@ def test_centers_move_after_use_towards_the_global_mean() -> None:
 @pytest.mark.parametrize("term", ["self_mlp", "self_thead", "cross_mlp", "cross_search"])
 def test_a_term_that_is_off_does_not_enter_the_loss(term: str) -> None:
     objective, built, views = build([RESNET, VIT])
-    everything = objective.losses(built, views, 0)[1]
+    everything = list(objective.losses(built, views, 0))[1]
     objective, built, views = build([RESNET, VIT], objective__terms={term: False})
-    without = objective.losses(built, views, 0)[1]
+    without = list(objective.losses(built, views, 0))[1]
     weight = built[1].config.weight if term.startswith("cross") else 1.0
     torch.testing.assert_close(without.total, everything.total - weight * everything.terms[term], rtol=1e-9, atol=0)
 

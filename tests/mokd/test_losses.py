@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mokd import prototype_loss as module
 from mokd.losses import Target, entropy, teacher_probabilities
-from mokd.prototype_loss import prototype_loss
+from mokd.prototype_loss import distillation_loss, prototype_loss
 from mokd.prototypes import HeadOutput, Prototypes, PrototypeWeight
 from tests.support import ROOT
 
@@ -85,7 +85,7 @@ def in_small_blocks(monkeypatch: pytest.MonkeyPatch, granule: int) -> None:
     monkeypatch.setattr(module, "_CPU_BLOCK_BYTES_PER_THREAD", 0)
 
 
-SHAPES = [(10, 3, 4, 7, 2), (2, 1, 3, 5, 2), (5, 2, 6, 11, 3), (4, 2, 3, 9, 1)]
+SHAPES = [(10, 2, 4, 7, 2), (2, 1, 3, 5, 2), (5, 2, 6, 11, 3), (4, 2, 3, 9, 1)]
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -106,6 +106,18 @@ def test_loss_and_gradients_equal_the_literal_loops(
     torch.testing.assert_close(found_terms, torch.stack(terms).detach(), rtol=1e-9, atol=0)
     for ours, theirs in zip(torch.autograd.grad(3.0 * found, leaves), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_from_logits_it_is_the_same(shape: tuple[int, ...], search: bool) -> None:
+    (rows, direction, _), targets = problem(*shape, search=search)
+    logits = F.linear(rows, direction).detach().requires_grad_()
+    terms = literal(logits, targets, 0.2)
+    (expected,) = torch.autograd.grad(sum(2.0 * t.weight * x for t, x in zip(targets, terms, strict=True)), logits)
+    total, found = distillation_loss(logits, targets, 0.2)
+    torch.testing.assert_close(found, torch.stack(terms).detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(2.0 * total, logits)[0], expected, rtol=1e-6, atol=1e-12)
 
 
 def test_a_zero_gain_still_learns() -> None:
@@ -180,6 +192,38 @@ def test_prototypes_that_do_not_lend_their_storage_give_copies_with_the_same_gra
         prototype_loss(HeadOutput(leaves[0], weight), targets, 0.2)[0].backward()
         gradients.append((prototypes.direction.grad, prototypes.gain.grad))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_triton_kernels_equal_the_torch_ones() -> None:
+    """Where there is no GPU, Triton's interpreter runs them; it has to be chosen before they are defined."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "tests.programs.triton_loss"]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240)
+
+
+def test_triton_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    from mokd import prototype_triton
+
+    constants = {"LOGITS": True, "TEACHERS": 2, "PAIRED": 2, "BY_ROW": True, "FIRST": 2, "TILE": 1024}
+    counts = {"views", "batch", "count", "tiles"}
+    for name in ("_observe", "_gradient"):
+        kernel = getattr(prototype_triton, name)
+        if not hasattr(kernel, "arg_names"):
+            pytest.skip("the interpreter is chosen")
+        names = kernel.arg_names
+        types = {key: "fp32" if key.startswith("factor") else "*fp32" for key in names}
+        types |= {key: "i32" for key in names if key in counts or key.endswith(("_view", "_image"))}
+        types |= {"factor": "*fp32", "out": "*bf16", **dict.fromkeys(constants, "constexpr")}
+        signature = {key: types[key] for key in names}
+        values = {(names.index(key),): value for key, value in constants.items() if key in names}
+        source = compiler.ASTSource(kernel, signature, constexprs=values)
+        assert compiler.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
 def test_uniform_student_against_any_target_costs_ln_k() -> None:
