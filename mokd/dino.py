@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from mokd.branch import Branch, BranchLoss
 from mokd.config import BranchConfig, DinoConfig
-from mokd.losses import Target, entropy, teacher_probabilities
+from mokd.losses import Target, entropy, softmax, teacher_probabilities
 from mokd.monitors import feature_monitors
 from mokd.network import NetworkOutput, build_network
 from mokd.prototype_loss import prototype_loss
@@ -129,7 +129,7 @@ class DinoObjective:
     def _search(self, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
         """What local queries `[L, B, d]` find in global view 1 of another branch's teacher: targets `[L, B, K]`."""
         rows = other.teacher.search(teacher.tokens, queries)  # type: ignore[operator]
-        return teacher_probabilities(HeadOutput(rows, teacher.t_head.prototypes).logits(), None, temperature)
+        return softmax(HeadOutput(rows, teacher.t_head.prototypes).logits(temperature))
 
     def _temperature(self, epoch: int, warmup_epochs: int) -> float:
         return teacher_temperature(epoch, warmup_epochs, *self.config.teacher_temp)

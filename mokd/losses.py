@@ -74,7 +74,12 @@ def teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: fl
     """`softmax((t - center) / T)` over the last dimension, in fp32 or better; no gradient."""
     logits = at_least_fp32(logits.detach())
     scaled = logits / temperature if center is None else (logits - center).div_(temperature)
-    return torch.softmax(scaled, dim=-1)
+    return softmax(scaled)
+
+
+def softmax(scaled: Tensor) -> Tensor:
+    """Over the last dimension; on CPUs in the memory of `scaled`, where fresh memory costs as much as the softmax."""
+    return torch.softmax(scaled, dim=-1, out=scaled if scaled.device.type == "cpu" else None)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class HeadOutput(NamedTuple):
     prototypes: PrototypeWeight
 
     @torch.no_grad()
-    def logits(self) -> Tensor:
-        """`[V, B, K]` in fp32 or better; no gradient."""
+    def logits(self, temperature: float = 1.0) -> Tensor:
+        """`[V, B, K]`, over `temperature`, in fp32 or better; no gradient."""
         dtype, accumulator = product_types(self.rows)
         count = self.prototypes.direction.shape[0]
         rows = self.rows.flatten(0, 1).to(dtype)
@@ -48,7 +48,7 @@ class HeadOutput(NamedTuple):
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, count, step):
                 stop = min(start + step, count)
-                weight = self.prototypes.scaled_block(start, stop, 1.0, dtype)
+                weight = self.prototypes.scaled_block(start, stop, 1.0 / temperature, dtype)
                 product(rows, weight.T, out=out.flatten(0, 1)[:, start:stop])
         return out
 

@@ -164,7 +164,7 @@ def test_a_target_is_computed_once_for_self_and_cross_terms(monkeypatch: pytest.
     monkeypatch.setattr(dino, "teacher_probabilities", lambda *given: made.append(given[2]) or real(*given))
     objective, built, views = build([RESNET, VIT])
     list(objective.losses(built, views, 40))  # all temperatures are the same by then
-    assert len(made) == 4 + 2  # two heads of two branches, and what each branch has found
+    assert len(made) == 4  # two heads of two branches
 
 
 def test_queries_are_detached_and_mean_what_the_method_says() -> None:
