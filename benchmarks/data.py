@@ -6,21 +6,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import data_contenders as contenders
 from benchmarks import data_conversion as conversion
 from benchmarks import data_footprint as footprint
+from benchmarks.machine import describe
 from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import DataError, UserError
 
@@ -79,7 +75,7 @@ def run(images: Path, effort: Effort, say: Say) -> dict[str, Any]:
         "images": {"folder": images.name, "files": MIN_IMAGES, "batch": contenders.BATCH},
         "reference_workers": workers,
         **prints,
-        "machine": _machine(cores),
+        "machine": describe(_PACKAGES, ["data_pipeline"]),
     }
 
 
@@ -184,28 +180,3 @@ def _repeated(images: Path, folder: Path, count: int) -> Path:
 def _scratch() -> str | None:
     """Memory rather than a disk, where there is room: the disk is not what is measured."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def _machine(cores: int) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[1]
-    git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor()
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": model,
-        "cores": cores,
-        "load_at_end": os.getloadavg(),
-        "versions": versions,
-        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip(),
-        "uncommitted_changes": bool(git(["git", "status", "--porcelain", "--", "data_pipeline"]).stdout.strip()),
-        "date": datetime.now(UTC).date().isoformat(),
-    }

@@ -236,6 +236,14 @@ class ParallelConfig(StrictModel):
     threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores per rank")] = None
 
 
+class ExecutionConfig(StrictModel):
+    """How the step is computed: what changes its speed and memory, not its mathematics."""
+
+    recompute_logits: Annotated[
+        bool | None, Field(description="compute logits twice instead of keeping them; default: on GPUs")
+    ] = None
+
+
 class CheckpointConfig(StrictModel):
     """When state is saved and what is kept."""
 
@@ -294,6 +302,7 @@ class RunConfig(StrictModel):
     branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    execution: ExecutionConfig = ExecutionConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -5,7 +5,7 @@ Shape letters: V views (2), B images per rank, G images over all ranks, N tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class ContrastiveObjective:
         )
         return Branch(config, student, teacher)
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
         """One loss per branch for the one group of views, `[V, B, 3, S, S]`."""
         (crops,) = views
         with torch.no_grad():
@@ -73,13 +73,11 @@ class ContrastiveObjective:
             teachers: list[ContrastiveOutput] = [branch.teacher(crops, dense=self.crosses) for branch in branches]
             self._keys.append(torch.stack([teacher.projected for teacher in teachers]))
             seen = [Seen(t.projected, t.dense) for t in teachers if t.dense is not None]
-        result = []
         for i, branch in enumerate(branches):
             others = [j for j in range(len(branches)) if j != i and self.crosses]
             student: ContrastiveOutput = branch.forward_student(crops, others=[seen[j] for j in others])
             keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
-            result.append(self._branch_loss(branch, student, teachers[i].projected.flip(0), keys))
-        return result
+            yield self._branch_loss(branch, student, teachers[i].projected.flip(0), keys)
 
     def _branch_loss(
         self, branch: Branch, student: ContrastiveOutput, own_keys: Tensor, cross_keys: dict[str, Tensor]

@@ -5,7 +5,7 @@ Shape letters: V student views, Q teacher (global) views, L local views, B image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,12 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from mokd.branch import Branch, BranchLoss
 from mokd.config import BranchConfig, DinoConfig
-from mokd.losses import Target, at_least_fp32, distillation_loss, entropy, teacher_probabilities
+from mokd.distributed import world_size
+from mokd.losses import Target, entropy, softmax, teacher_probabilities
 from mokd.monitors import feature_monitors
-from mokd.network import HeadOutput, NetworkOutput, build_network
+from mokd.network import NetworkOutput, build_network
+from mokd.prototype_loss import prototype_loss
+from mokd.prototypes import HeadOutput
 from mokd.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
@@ -27,14 +30,26 @@ BYTES_PER_LOGIT = 3 * 4
 class DinoObjective:
     """The four terms of the paper for any number of branches; one branch alone has the two self terms."""
 
-    def __init__(self, config: DinoConfig, views: ViewsConfig, names: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DinoConfig,
+        views: ViewsConfig,
+        names: Sequence[str],
+        device: torch.device,
+        *,
+        frozen_epochs: int = 0,
+        recompute_logits: bool | None = None,
+    ) -> None:
         self.config = config
         self.views = views
         self.names = list(names)
+        self.frozen_epochs = frozen_epochs  # in which prototypes get no gradients
+        self.recompute_logits = recompute_logits
         # one centre per branch and head, shared by the self and the cross terms
         self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
-        self._seen: Tensor | None = None
-        self._parts = 0
+        # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
+        self._seen: list[Tensor] = []
+        self._arriving: list[dist.Work] = []
 
     def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
         """Student and teacher of one branch."""
@@ -42,92 +57,82 @@ class DinoObjective:
         teacher = build_network(config, self.config, self.views, student=False, images_per_rank=images_per_rank)
         return Branch(config, student, teacher)
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
-        """One loss per branch for groups of views, the global group first."""
-        students: list[NetworkOutput] = [branch.forward_student(list(views)) for branch in branches]
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
+        """One loss per branch for groups of views, the global group first.
+
+        A branch's forward pass is made when its loss is asked for: differentiated at once, it leaves no activations
+        behind before the next one's exist.
+        """
+        teachers = self._teachers(branches, views)
+        for i in range(len(branches)):
+            yield self._loss(i, branches, teachers, views, epoch)
+
+    def _loss(
+        self, i: int, branches: Sequence[Branch], teachers: _Teachers, views: Sequence[Tensor], epoch: int
+    ) -> BranchLoss:
+        """The loss of branch i, which learns from its own teacher and from all others."""
+        branch, on = branches[i], self.config.terms
+        own = self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)
+        cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
+        others = [j for j in range(len(branches)) if j != i]
+        student: NetworkOutput = branch.forward_student(list(views))
         with torch.no_grad():
-            teachers: list[NetworkOutput] = [branch.teacher(views[:1]) for branch in branches]
-            logits = [(at_least_fp32(t.mlp.logits()), at_least_fp32(t.t_head.logits())) for t in teachers]
-            seen = torch.stack([torch.stack([head.mean(dim=(0, 1)) for head in pair]) for pair in logits])
-            self._seen = seen if self._seen is None else self._seen + seen
-            self._parts += 1
-            cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
-            # the targets that a branch offers to all others, computed once
-            offered = [
-                teacher_probabilities(pair[0], self.centers[j, 0], cross) if self._crosses else None
-                for j, pair in enumerate(logits)
-            ]
-        result = []
-        for i, branch in enumerate(branches):
-            with torch.no_grad():
-                own = self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)
-                self_mlp, self_thead = (
-                    teacher_probabilities(logits[i][h], self.centers[i, h], own) for h in range(len(HEADS))
-                )
-                found = self._search(i, branches, students[i], teachers, cross)
-            others = [p for j, p in enumerate(offered) if j != i and p is not None]
-            result.append(self._branch_loss(branch, i, students[i], self_mlp, self_thead, others, found))
-        return result
+            mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), float(on.self_mlp))}
+            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), float(on.self_thead))}
+            # with several others the mean of their targets is the target of the mean loss
+            if others and on.cross_mlp:
+                probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
+                mlp["cross_mlp"] = Target(probabilities, branch.config.weight)
+            if others and on.cross_search:
+                first = self.views.global_crops.count
+                queries = student.queries[first:]
+                found = _mean([self._search(branches[j], teachers.outputs[j], queries, cross) for j in others])
+                t_head["cross_search"] = Target(found, branch.config.weight, paired=False, first_view=first)
+        return self._branch_loss(i, student, mlp, t_head, trains_prototypes=epoch >= self.frozen_epochs)
+
+    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor]) -> _Teachers:
+        with torch.no_grad():
+            teachers = _Teachers([branch.teacher(views[:1]) for branch in branches], self.centers)
+            seen = torch.stack([torch.stack([head.mean(dim=(0, 1)) for head in pair]) for pair in teachers.logits])
+            self._seen.append(seen)
+            if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
+                self._arriving.append(dist.all_reduce(seen, async_op=True))
+        return teachers
 
     def _branch_loss(
         self,
-        branch: Branch,
         i: int,
         student: NetworkOutput,
-        self_mlp: Tensor,
-        self_thead: Tensor,
-        cross_mlp: Sequence[Tensor],
-        cross_search: Sequence[Tensor],
+        mlp: dict[str, Target],
+        t_head: dict[str, Target],
+        *,
+        trains_prototypes: bool,
     ) -> BranchLoss:
         """`L_sm + L_st + lambda (L_cm + L_ct)`, the cross terms averaged over the other branches."""
-        on, weight = self.config.terms, branch.config.weight
-        locals_from = self.views.global_crops.count
-        # with several others the mean of their targets is the target of the mean loss
-        mlp = [("self_mlp", Target(self_mlp, float(on.self_mlp)))]
-        t_head = [("self_thead", Target(self_thead, float(on.self_thead)))]
-        if cross_mlp:
-            mlp.append(("cross_mlp", Target(_mean(cross_mlp), weight)))
-        if cross_search:
-            t_head.append(("cross_search", Target(_mean(cross_search), weight, paired=False, first_view=locals_from)))
         total: Tensor | float = 0.0
         terms: dict[str, Tensor] = {}
         for output, targets in ((student.mlp, mlp), (student.t_head, t_head)):
-            loss, values = self._head_loss(output, [target for _, target in targets])
+            loss, values = prototype_loss(
+                output,
+                list(targets.values()),
+                self.config.student_temp,
+                train_prototypes=trains_prototypes,
+                recompute=self.recompute_logits,
+            )
             total = total + loss
-            terms.update(zip((name for name, _ in targets), values, strict=True))
+            terms.update(zip(targets, values, strict=True))
         assert isinstance(total, Tensor)
-        pooled, center = student.pooled.detach(), self.centers[i]
+        pooled, center, own = student.pooled.detach(), self.centers[i], mlp["self_mlp"].probabilities
 
         def monitors() -> dict[str, Tensor]:
-            return {
-                "teacher_entropy": entropy(self_mlp),
-                "center_norm": center.norm(),
-                **feature_monitors(pooled),
-            }
+            return {"teacher_entropy": entropy(own), "center_norm": center.norm(), **feature_monitors(pooled)}
 
         return BranchLoss(total, terms, monitors)
 
-    def _head_loss(self, output: HeadOutput, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-        return distillation_loss(output.logits(), targets, self.config.student_temp)
-
-    def _search(
-        self, i: int, branches: Sequence[Branch], student: NetworkOutput, teachers: Sequence[NetworkOutput], temp: float
-    ) -> list[Tensor]:
-        """For every other branch j: what i's local queries find in global view 1 of j's teacher, `[L, B, K]`."""
-        if not self.config.terms.cross_search:
-            return []
-        queries = student.queries[self.views.global_crops.count :]
-        found = []
-        for j, other in enumerate(branches):
-            if j != i:
-                rows = other.teacher.search(teachers[j].tokens, queries)  # type: ignore[operator]
-                logits = HeadOutput(rows, teachers[j].t_head.weight).logits()
-                found.append(teacher_probabilities(logits, None, temp))
-        return found
-
-    @property
-    def _crosses(self) -> bool:
-        return self.config.terms.cross_mlp and len(self.names) > 1
+    def _search(self, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
+        """What local queries `[L, B, d]` find in global view 1 of another branch's teacher: targets `[L, B, K]`."""
+        rows = other.teacher.search(teacher.tokens, queries)  # type: ignore[operator]
+        return softmax(HeadOutput(rows, teacher.t_head.prototypes).logits(temperature))
 
     def _temperature(self, epoch: int, warmup_epochs: int) -> float:
         return teacher_temperature(epoch, warmup_epochs, *self.config.teacher_temp)
@@ -135,13 +140,13 @@ class DinoObjective:
     @torch.no_grad()
     def commit(self) -> None:
         """Moves the centres towards the teacher outputs' mean over the global batch, one collective for all."""
-        assert self._seen is not None, "commit follows losses"
-        seen = self._seen / self._parts
-        if dist.is_initialized():
-            dist.all_reduce(seen)
-            seen = seen / dist.get_world_size()
+        assert self._seen, "commit follows losses"
+        for arriving in self._arriving:
+            arriving.wait()
+        seen = torch.stack(self._seen).mean(dim=0) / world_size()
         self.centers.lerp_(seen.to(self.centers.dtype), 1.0 - self.config.center_momentum)
-        self._seen, self._parts = None, 0
+        self._seen.clear()
+        self._arriving.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The centres, `center/<branch>/<head>`."""
@@ -157,6 +162,24 @@ class DinoObjective:
         """The logits of both heads for every view of every branch."""
         rows = len(self.names) * len(HEADS) * self.views.count * images_per_rank
         return rows * self.config.prototypes * BYTES_PER_LOGIT
+
+
+class _Teachers:
+    """What all teachers say of a batch. A target that several terms share is computed once."""
+
+    def __init__(self, outputs: Sequence[NetworkOutput], centers: Tensor) -> None:
+        self.outputs = outputs
+        self.logits = [(output.mlp.logits(), output.t_head.logits()) for output in outputs]
+        self._centers = centers
+        self._known: dict[tuple[int, int, float], Tensor] = {}
+
+    def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:
+        """The centred targets `[Q, B, K]` of a branch's head."""
+        key = (branch, head, temperature)
+        if key not in self._known:
+            logits, center = self.logits[branch][head], self._centers[branch, head]
+            self._known[key] = teacher_probabilities(logits, center, temperature)
+        return self._known[key]
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mokd.backbones import BackboneShapes, Features
 from mokd.config import MlpHeadConfig, THeadConfig
 from mokd.losses import at_least_fp32
+from mokd.prototypes import Prototypes
 
 
 def init_linear(module: nn.Module) -> None:
@@ -41,21 +42,6 @@ def mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
 def unit_vectors(x: Tensor) -> Tensor:
     """`x` with its last dimension L2-normalised, in fp32 or better."""
     return F.normalize(at_least_fp32(x), dim=-1)
-
-
-class Prototypes(nn.Module):
-    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at 1."""
-
-    def __init__(self, width: int, count: int, *, train_gain: bool) -> None:
-        super().__init__()
-        self.direction = nn.Parameter(torch.empty(count, width))
-        self.gain = nn.Parameter(torch.ones(count, 1), requires_grad=train_gain)
-        nn.init.trunc_normal_(self.direction, std=0.02)
-
-    def forward(self) -> Tensor:
-        """The normalised weight `[K, C]`; computed once a step and used for all rows."""
-        with torch.autocast(self.direction.device.type, enabled=False):  # a norm is no place for bf16
-            return F.normalize(self.direction, dim=1) * self.gain
 
 
 class MlpHead(nn.Module):

@@ -1,14 +1,13 @@
-"""The distillation losses over prototypes, as pure functions.
+"""The distillation losses over prototypes: what students are compared with, and what every comparison weighs.
 
 Cross-entropy is linear in its target. So a student row that is compared with several teacher views, of its own branch
-and of others, needs one log-sum-exp and one dot product per kind of target, not one log-softmax per pair of views.
+and of others, needs one log-sum-exp and one combined target, not one log-softmax per pair of views.
 
-Shape letters: V student views, Q teacher views, B images per rank, K prototypes, R rows = V * B.
+Shape letters: V student views, Q teacher views, B images per rank, K prototypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,14 +17,52 @@ from torch import Tensor
 class Target(NamedTuple):
     """What some student views are compared with, and the weight of that term in the branch's loss.
 
-    paired: probabilities `[Q, B, K]` of teacher views; every student view meets all but the one of its own index.
-    otherwise: probabilities `[V - first_view, B, K]`, one for every row of the student's views from `first_view` on.
+    paired: probabilities `[Q, B, K]` of teacher views; every student view meets all but the one of its own index:
+
+        for q in range(Q):
+            for v in range(V):
+                if v != q:
+                    loss += -(p[q] * log_softmax(s[v] / temperature)).sum(-1).mean(0)
+        loss /= Q * V - min(Q, V)
+
+    otherwise: probabilities `[V - first_view, B, K]`, one for every row of the student's views from `first_view` on;
+    the term is the mean over these rows of `-(p * log_softmax(s / temperature)).sum(-1)`.
     """
 
     probabilities: Tensor
     weight: float
     paired: bool = True
     first_view: int = 0
+
+    def coefficient(self, views: int) -> float:
+        """Of a single comparison of a row in the term, the weight left aside."""
+        if self.paired:
+            teachers, batch = self.probabilities.shape[:2]
+            return 1.0 / ((teachers * views - min(teachers, views)) * batch)
+        return 1.0 / (self.probabilities.shape[0] * self.probabilities.shape[1])
+
+    def comparisons(self, views: int) -> list[int]:
+        """How many targets a row of each student view meets."""
+        if self.paired:
+            teachers = self.probabilities.shape[0]
+            return [teachers - 1 if view < teachers else teachers for view in range(views)]
+        return [int(view >= self.first_view) for view in range(views)]
+
+
+class Cut(NamedTuple):
+    """A target as a block of logits `[V, b, k]` meets it: `[Q, b, k]`, or `[V - first_view, b, k]`.
+
+    factor: of a single comparison in the loss.
+    """
+
+    probabilities: Tensor
+    factor: float
+    paired: bool
+    first_view: int
+
+    def own(self, z: Tensor) -> slice:
+        """The views that are students and teachers both."""
+        return slice(min(self.probabilities.shape[0], z.shape[0]))
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -36,50 +73,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float) -> Tensor:
     """`softmax((t - center) / T)` over the last dimension, in fp32 or better; no gradient."""
     logits = at_least_fp32(logits.detach())
-    if center is not None:
-        logits = logits - center
-    return torch.softmax(logits / temperature, dim=-1)
+    scaled = logits / temperature if center is None else (logits - center).div_(temperature)
+    return softmax(scaled)
 
 
-def distillation_loss(logits: Tensor, targets: Sequence[Target], temperature: float) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the terms, and every term by itself `[len(targets)]` (detached).
-
-    For student logits `[V, B, K]`, one paired term is, written as loops,
-
-        for q in range(Q):
-            for v in range(V):
-                if v != q:
-                    loss += -(p[q] * log_softmax(s[v] / temperature)).sum(-1).mean(0)
-        loss /= Q * V - Q
-
-    and a term that is not paired is the mean over its rows of `-(p * log_softmax(s / temperature)).sum(-1)`.
-    """
-    scaled = at_least_fp32(logits) / temperature
-    log_z = scaled.logsumexp(dim=-1)  # [V, B], shared by all terms
-    values = [_paired(scaled, log_z, t) if t.paired else _by_row(scaled, log_z, t) for t in targets]
-    terms = torch.stack(values)
-    weights = torch.tensor([t.weight for t in targets], dtype=terms.dtype, device=terms.device)
-    return (terms * weights).sum(), terms.detach()
-
-
-def _paired(scaled: Tensor, log_z: Tensor, target: Target) -> Tensor:
-    p = target.probabilities
-    views, batch = log_z.shape
-    teachers = p.shape[0]
-    own = min(teachers, views)  # the student views that also are teacher views
-    together = p.sum(dim=0)
-    # every view meets the sum of all targets, less its own
-    dot = (scaled * together).sum(dim=-1)
-    dot = torch.cat([dot[:own] - (scaled[:own] * p[:own]).sum(dim=-1), dot[own:]])
-    met = torch.full((views, 1), float(teachers), dtype=log_z.dtype, device=log_z.device)
-    met[:own] -= 1.0
-    pairs = teachers * views - own
-    return (met * log_z - dot).sum() / (pairs * batch)
-
-
-def _by_row(scaled: Tensor, log_z: Tensor, target: Target) -> Tensor:
-    rows = scaled[target.first_view :]
-    return (log_z[target.first_view :] - (rows * target.probabilities).sum(dim=-1)).mean()
+def softmax(scaled: Tensor) -> Tensor:
+    """Over the last dimension; on CPUs in the memory of `scaled`, where fresh memory costs as much as the softmax."""
+    return torch.softmax(scaled, dim=-1, out=scaled if scaled.device.type == "cpu" else None)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

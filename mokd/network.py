@@ -18,18 +18,8 @@ from mokd.backbones import Backbone, build_for_views
 from mokd.blocks import repeated_blocks
 from mokd.config import BranchConfig, DinoConfig
 from mokd.heads import MlpHead, THead
+from mokd.prototypes import HeadOutput
 from mokd.trainable import TrainableNetwork, Units
-
-
-class HeadOutput(NamedTuple):
-    """Rows `[V, B, C]` before the prototypes, and the prototypes' weight `[K, C]`: the logits are their product."""
-
-    rows: Tensor
-    weight: Tensor
-
-    def logits(self) -> Tensor:
-        """`[V, B, K]`."""
-        return torch.nn.functional.linear(self.rows, self.weight)
 
 
 class NetworkOutput(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, assert_never
 
 import torch
@@ -21,8 +21,8 @@ class Objective(Protocol):
         """Student and teacher of one branch, with the heads that the objective needs."""
         ...
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[BranchLoss]:
-        """Forward passes of all branches on one batch of views; one loss per branch, ready for `backward`.
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
+        """One loss per branch on one batch of views, ready for `backward`, each computed when it is asked for.
 
         Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
         """
@@ -52,7 +52,14 @@ def build_objective(config: RunConfig, device: torch.device) -> Objective:
     names = [branch.name for branch in config.branches]
     match config.objective:
         case DinoConfig():
-            return DinoObjective(config.objective, config.views, names, device)
+            return DinoObjective(
+                config.objective,
+                config.views,
+                names,
+                device,
+                frozen_epochs=config.optim.freeze_last_layer_epochs,
+                recompute_logits=config.execution.recompute_logits,
+            )
         case ContrastiveConfig():
             return ContrastiveObjective(
                 config.objective, config.views, names, device, config.seed, config.optim.global_batch

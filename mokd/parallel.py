@@ -22,6 +22,7 @@ from mokd.branch import Branch
 from mokd.config import ParallelConfig, PrecisionConfig
 from mokd.loss_scale import LossScale
 from mokd.precision import half_dtype
+from mokd.prototypes import Prototypes
 from mokd.recomputation import recompute_blocks
 from mokd.sharding import fill_whole
 from mokd.sync_batchnorm import synchronise_batchnorm
@@ -148,6 +149,8 @@ def _shard_network(
     for block in units.half:
         shard(block, mp_policy=compute, reshard_after_forward=reshard)
     for head in units.exact:
+        if isinstance(head, Prototypes):
+            head.lends_storage = False
         shard(head, mp_policy=exact, reshard_after_forward=reshard)
     shard(network, mp_policy=exact, reshard_after_forward=root_reshard)
 

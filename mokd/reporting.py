@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,13 +13,26 @@ from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, all_reduce_sum
 from mokd.evaluation.run import knn_of
+from mokd.host_copy import HostCopy
 from mokd.metrics import MetricsWriter
 from mokd.progress import TrainingProgress
 from mokd.run_directory import RunDirectory
 
 
+class _Pending(NamedTuple):
+    """A logged step some of whose numbers are still on their way from the device."""
+
+    step: int
+    values: dict[str, float | int]
+    keys: list[str]
+    numbers: HostCopy
+
+
 class Reporter:
-    """Collects what a step shows; the first rank writes it every `logging.every_steps` steps."""
+    """Collects what a step shows; the first rank writes it every `logging.every_steps` steps.
+
+    On a GPU it is written when the next step is logged, or something is saved: the loop does not wait for numbers.
+    """
 
     def __init__(
         self,
@@ -35,6 +49,7 @@ class Reporter:
         self._step = step
         self._total_steps = total_steps
         self._restart_clock(step)
+        self._pending: _Pending | None = None
         if ranks.is_main:
             self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
             self._progress = TrainingProgress(total_steps, step)
@@ -57,7 +72,8 @@ class Reporter:
         self._step = step
         if step % self._config.logging.every_steps and step != self._total_steps:
             return
-        shown = self._over_ranks(branches, losses)
+        self._write_pending()
+        losses_by_key = self._over_ranks(branches, losses)
         if not self._ranks.is_main:
             return
         images = self._config.optim.global_batch
@@ -68,21 +84,26 @@ class Reporter:
             "images_seen": step * images,
             "images_per_second": (step - self._since_step) * images / elapsed,
             "data_wait_fraction": min(self._waited / elapsed, 1.0),
+            **{f"lr/{branch.name}": rate for branch, rate in zip(branches, rates, strict=True)},
         }
         if self._saving:
             values["save_stall_seconds"] = round(self._saving, 6)
-        values.update(shown)
-        for branch, loss, rate in zip(branches, losses, rates, strict=True):
-            values[f"lr/{branch.name}"] = rate
+        for branch in branches:
             if branch.loss_scale is not None:
                 values[f"loss_scale/{branch.name}"] = branch.loss_scale.scale
-            values.update({f"{name}/{branch.name}": float(value) for name, value in loss.monitors().items()})
-        self._metrics.write(values)
-        self._progress.update(step, values)
-        self._status(epoch=epoch, images_per_second=values["images_per_second"])
+        on_device = {
+            f"{name}/{branch.name}": value
+            for branch, loss in zip(branches, losses, strict=True)
+            for name, value in loss.monitors().items()
+        }
+        on_device.update(losses_by_key)
+        numbers = HostCopy(torch.stack([value.double() for value in on_device.values()]))
+        self._pending = _Pending(step, values, list(on_device), numbers)
+        if numbers.ready() or step == self._total_steps:
+            self._write_pending()
         self._restart_clock(step)
 
-    def _over_ranks(self, branches: Sequence[Branch], losses: Sequence[BranchLoss]) -> dict[str, float]:
+    def _over_ranks(self, branches: Sequence[Branch], losses: Sequence[BranchLoss]) -> dict[str, torch.Tensor]:
         """Losses as means over the global batch: what one rank sees depends on how many there are."""
         parts = {
             f"loss/{branch.name}/{term}": value.double()
@@ -90,12 +111,25 @@ class Reporter:
             for term, value in [("total", loss.total.detach()), *loss.terms.items()]
         }
         means = all_reduce_sum(torch.stack(list(parts.values()))) / self._ranks.world_size
-        return dict(zip(parts, means.tolist(), strict=True))
+        return dict(zip(parts, means.unbind(), strict=True))
+
+    def _write_pending(self) -> None:
+        """Writes the newest logged step, when its numbers have come from the device."""
+        if self._pending is None:
+            return
+        step, values, keys, numbers = self._pending
+        self._pending = None
+        values |= dict(zip(keys, numbers.values().tolist(), strict=True))
+        self._metrics.write(values)
+        self._progress.update(step, values)
+        self._status(epoch=int(values["epoch"]), images_per_second=values["images_per_second"])
 
     def evaluate(self, branches: Sequence[Branch], step: int) -> None:
         """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part."""
         if self._config.evaluation.every_epochs is None:
             return
+        if self._ranks.is_main:
+            self._write_pending()
         began = time.perf_counter()
         backbones = [branch.whole_teacher_backbone() for branch in branches]
         results = knn_of(backbones, self._config, self._ranks, self._device)
@@ -112,11 +146,13 @@ class Reporter:
 
     def flush(self) -> None:
         """Brings the metrics to the disk, ahead of a checkpoint that builds on them."""
+        self._write_pending()
         self._metrics.flush()
 
     def close(self) -> None:
         """Closes files and the progress line."""
         if self._ranks.is_main:
+            self._write_pending()
             self._progress.close()
             self._metrics.close()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mokd.agreement import Agreement
 from mokd.branch import Branch, BranchLoss, mean_loss
 from mokd.config import RunConfig
 from mokd.distributed import Ranks
@@ -56,16 +56,14 @@ class TrainingStep:
 
     def run(self, step: int, groups: Sequence[Tensor], epoch: int) -> StepResult:
         """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`."""
-        losses, answer = self._gradients(step, groups, epoch)
-        stopping = self._heed(step, losses, answer())
+        losses, agreement = self._gradients(step, groups, epoch)
+        stopping = self._heed(step, agreement)
         rates = self._update(step)
         self.objective.commit()
         return StepResult(losses, rates, stopping)
 
-    def _gradients(
-        self, step: int, groups: Sequence[Tensor], epoch: int
-    ) -> tuple[list[BranchLoss], Callable[[], list[int]]]:
-        """Forward and backward passes over all micro-batches: the mean losses, and what `_ask` will answer."""
+    def _gradients(self, step: int, groups: Sequence[Tensor], epoch: int) -> tuple[list[BranchLoss], Agreement]:
+        """Forward and backward passes over all micro-batches: the mean losses, and what the ranks agree on."""
         parts = self.config.optim.accumulate
         so_far: list[BranchLoss] | None = None
         for index in range(parts):
@@ -78,17 +76,20 @@ class TrainingStep:
                 # all ranks and micro-batches alike, and a function of the step alone: no random state is saved
                 torch.manual_seed(derive_seed(self.config.seed, "step", step))
                 views = [group.chunk(parts, dim=1)[index] for group in groups]
-                with autocast(self.config.precision, self.device):
-                    losses = self.objective.losses(self.branches, views, epoch)
-                so_far = mean_loss(so_far, losses, parts)
-                if last:
-                    # asked for ahead of the backward passes, so that the answer is there after them
-                    answer = self._ask(so_far)
-                for branch, loss in self._with(losses):
+                pending, losses = self.objective.losses(self.branches, views, epoch), list[BranchLoss]()
+                for number, branch in enumerate(self.branches, start=1):
+                    with autocast(self.config.precision, self.device):
+                        losses.append(next(pending))
+                    if number == len(self.branches):
+                        so_far = mean_loss(so_far, losses, parts)
+                        if last:
+                            # asked ahead of the last backward pass, whose work covers the answer's way to the host
+                            agreement = self._ask(so_far)
                     scale = branch.loss_scale.scale if branch.loss_scale else 1.0
-                    (loss.total * (scale / parts)).backward()
+                    # at once: the activations of one branch are gone before those of the next exist
+                    (losses[-1].total * (scale / parts)).backward()
         assert so_far is not None
-        return so_far, answer
+        return so_far, agreement
 
     def _update(self, step: int) -> list[float]:
         """Optimiser and teacher of every branch; their learning rates. One with an overflow stands still."""
@@ -129,44 +130,23 @@ class TrainingStep:
                 *(step + 1, branch.name, branch.loss_scale.scale),
             )
 
-    def _terms(self, losses: Sequence[BranchLoss]) -> dict[str, Tensor]:
-        terms = {f"loss/{b.name}/{t}": v for b, loss in self._with(losses) for t, v in loss.terms.items()}
-        return {**terms, **{f"loss/{b.name}/total": loss.total for b, loss in self._with(losses)}}
+    def _ask(self, losses: Sequence[BranchLoss]) -> Agreement:
+        """Of all ranks: whether anybody was asked to stop, and whether every loss term is finite."""
+        terms = {
+            f"loss/{branch.name}/{term}": value
+            for branch, loss in zip(self.branches, losses, strict=True)
+            for term, value in [*loss.terms.items(), ("total", loss.total)]
+        }
+        return Agreement(terms, self.stop.reason is not None, self.device)
 
-    def _ask(self, losses: Sequence[BranchLoss]) -> Callable[[], list[int]]:
-        """One small collective a step: whether anybody was asked to stop, and which loss terms are not finite.
-
-        What it returns waits for the answer, on a GPU for nothing that was queued after the question.
-        """
-        bad = ~torch.isfinite(torch.stack([value.float() for value in self._terms(losses).values()]))
-        asked = torch.tensor([self.stop.reason is not None], device=self.device)
-        flags = torch.cat([asked, bad.to(asked.device)]).to(torch.int32)
-        if dist.is_initialized():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        if not flags.is_cuda:
-            return flags.tolist
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def answer() -> list[int]:
-            arrived.synchronize()
-            return host.tolist()
-
-        return answer
-
-    def _heed(self, step: int, losses: Sequence[BranchLoss], flags: list[int]) -> bool:
+    def _heed(self, step: int, agreement: Agreement) -> bool:
         """Whether to stop after this step, the same on all ranks. NonFiniteLossError before the optimisers step."""
-        stopping, *broken = flags
-        if any(broken):
-            names = [name for name, is_bad in zip(self._terms(losses), broken, strict=True) if is_bad]
+        stopping, broken = agreement.answer()
+        if broken:
             raise NonFiniteLossError(
-                f"step {step + 1}: {', '.join(names)} not finite; stopped before the optimiser step. "
+                f"step {step + 1}: {', '.join(broken)} not finite; stopped before the optimiser step. "
                 "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
             )
         if stopping:
             self.stop.request("another rank was asked to stop")
-        return bool(stopping)
-
-    def _with(self, losses: Sequence[BranchLoss]) -> list[tuple[Branch, BranchLoss]]:
-        return list(zip(self.branches, losses, strict=True))
+        return stopping

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mokd import dino
 from mokd.branch import Branch
 from mokd.dino import DinoObjective
+from mokd.prototypes import HeadOutput, Prototypes
 from tests.support import RESNET, THIRD, VIT, tiny_config
 
 B, GLOBALS, LOCALS = 3, 2, 3
@@ -56,6 +59,10 @@ def paired(teacher: Tensor, student: Tensor, center: Tensor, temp: float) -> Ten
     return sum(losses) / len(losses)
 
 
+def literal_logits(output: HeadOutput, last_layer: Prototypes) -> Tensor:
+    return F.linear(output.rows, F.normalize(last_layer.direction, dim=1) * last_layer.gain)
+
+
 def literal(
     objective: DinoObjective, branches: list[Branch], views: list[Tensor], epoch: int
 ) -> list[dict[str, Tensor]]:
@@ -66,16 +73,19 @@ def literal(
     for i, branch in enumerate(branches):
         own = temperature(epoch, branch.config.teacher_temp_warmup_epochs)
         cross = temperature(epoch, objective.config.cross_temp_warmup_epochs)
-        mlp, dense = students[i].mlp.logits(), students[i].t_head.logits()
+        mlp = literal_logits(students[i].mlp, branch.student.mlp_head.last_layer)
+        dense = literal_logits(students[i].t_head, branch.student.t_head.last_layer)
+        taught = [literal_logits(t.mlp, b.teacher.mlp_head.last_layer) for t, b in zip(teachers, branches, strict=True)]
+        own_thead = literal_logits(teachers[i].t_head, branch.teacher.t_head.last_layer)
         terms = {
-            "self_mlp": paired(teachers[i].mlp.logits(), mlp, objective.centers[i, 0], own),
-            "self_thead": paired(teachers[i].t_head.logits(), dense, objective.centers[i, 1], own),
+            "self_mlp": paired(taught[i], mlp, objective.centers[i, 0], own),
+            "self_thead": paired(own_thead, dense, objective.centers[i, 1], own),
         }
         others = [j for j in range(len(branches)) if j != i]
         if others:
-            terms["cross_mlp"] = sum(
-                paired(teachers[j].mlp.logits(), mlp, objective.centers[j, 0], cross) for j in others
-            ) / len(others)
+            terms["cross_mlp"] = sum(paired(taught[j], mlp, objective.centers[j, 0], cross) for j in others) / len(
+                others
+            )
             searches = []
             for j in others:
                 head = branches[j].teacher.t_head
@@ -84,7 +94,8 @@ def literal(
                     for b in range(B):
                         with torch.no_grad():  # one query, one map, one row
                             query = students[i].queries[GLOBALS + v, b][None]
-                            found = head(teachers[j].tokens[b][None], query)[0] @ teachers[j].t_head.weight.T
+                            found = head(teachers[j].tokens[b][None], query)
+                            found = F.linear(found, F.normalize(head.last_layer.direction) * head.last_layer.gain)[0]
                             target = torch.softmax(found / cross, -1)
                         rows.append(-(target * torch.log_softmax(dense[GLOBALS + v, b] / 0.1, -1)).sum())
                 searches.append(sum(rows) / len(rows))
@@ -98,7 +109,7 @@ def literal(
 def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) -> None:
     objective, built, views = build(branches)
     expected = literal(objective, built, views, epoch)
-    losses = objective.losses(built, views, epoch)
+    losses = list(objective.losses(built, views, epoch))
     for branch, loss, terms in zip(built, losses, expected, strict=True):
         assert set(loss.terms) == set(terms)
         for name, value in terms.items():
@@ -107,11 +118,18 @@ def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) ->
         if "cross_mlp" in terms:
             total = total + branch.config.weight * (terms["cross_mlp"] + terms["cross_search"])
         torch.testing.assert_close(loss.total, total, rtol=1e-6, atol=0)
+        parameters = [p for p in branch.student.parameters() if p.requires_grad]
+        # parts that a network does not use have no gradient in either
+        options = {"allow_unused": True, "retain_graph": True}
+        wanted = torch.autograd.grad(total, parameters, **options)
+        found = torch.autograd.grad(loss.total, parameters, **options)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
 def test_gradients_reach_the_own_student_and_nothing_else() -> None:
     objective, built, views = build([RESNET, VIT])
-    losses = objective.losses(built, views, 0)
+    losses = list(objective.losses(built, views, 0))
     losses[0].total.backward()
     own = {name for name, p in built[0].student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     frozen = {"mlp_head.last_layer.gain"}  # not trained for this branch, by its configuration
@@ -122,10 +140,31 @@ def test_gradients_reach_the_own_student_and_nothing_else() -> None:
 
 def test_cross_terms_carry_no_gradient_into_the_other_branch() -> None:
     objective, built, views = build([RESNET, VIT], objective__terms={"self_mlp": False, "self_thead": False})
-    losses = objective.losses(built, views, 0)
+    losses = list(objective.losses(built, views, 0))
     torch.autograd.backward([loss.total for loss in losses[1:]])
     assert all(p.grad is None for p in built[0].student.parameters())
     assert any(p.grad is not None for p in built[1].student.parameters())
+
+
+def test_while_frozen_prototypes_get_no_gradients_and_all_else_the_same() -> None:
+    gradients = []
+    for frozen_epochs in (0, 1):
+        objective, built, views = build([RESNET, VIT])
+        objective.frozen_epochs = frozen_epochs
+        next(objective.losses(built, views, 0)).total.backward()
+        gradients.append({name: p.grad for name, p in built[0].student.named_parameters()})
+    for name, gradient in gradients[1].items():
+        expected = None if ".last_layer." in name else gradients[0][name]
+        assert (gradient is None and expected is None) or torch.equal(gradient, expected), name
+
+
+def test_a_target_is_computed_once_for_self_and_cross_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = dino.teacher_probabilities
+    monkeypatch.setattr(dino, "teacher_probabilities", lambda *given: made.append(given[2]) or real(*given))
+    objective, built, views = build([RESNET, VIT])
+    list(objective.losses(built, views, 40))  # all temperatures are the same by then
+    assert len(made) == 4  # two heads of two branches
 
 
 def test_queries_are_detached_and_mean_what_the_method_says() -> None:
@@ -145,7 +184,7 @@ def test_queries_are_detached_and_mean_what_the_method_says() -> None:
 def test_centers_move_after_use_towards_the_global_mean() -> None:
     objective, built, views = build([RESNET, VIT])
     before = objective.centers.clone()
-    objective.losses(built, views, 0)
+    list(objective.losses(built, views, 0))
     assert torch.equal(objective.centers, before)
     with torch.no_grad():
         means = [built[i].teacher(views[:1]).mlp.logits().mean(dim=(0, 1)) for i in range(2)]
@@ -157,9 +196,9 @@ def test_centers_move_after_use_towards_the_global_mean() -> None:
 @pytest.mark.parametrize("term", ["self_mlp", "self_thead", "cross_mlp", "cross_search"])
 def test_a_term_that_is_off_does_not_enter_the_loss(term: str) -> None:
     objective, built, views = build([RESNET, VIT])
-    everything = objective.losses(built, views, 0)[1]
+    everything = list(objective.losses(built, views, 0))[1]
     objective, built, views = build([RESNET, VIT], objective__terms={term: False})
-    without = objective.losses(built, views, 0)[1]
+    without = list(objective.losses(built, views, 0))[1]
     weight = built[1].config.weight if term.startswith("cross") else 1.0
     torch.testing.assert_close(without.total, everything.total - weight * everything.terms[term], rtol=1e-9, atol=0)
 

@@ -1,0 +1,66 @@
+"""The loss of one branch by itself: four terms over two heads, from logits and targets to the logits' gradients.
+
+Ours computes loss and gradients in one go; the literal one is a log-softmax for every pair of views (62 of them at
+2 + 8 views), differentiated by autograd. Products with prototypes and the targets' softmax are in neither.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.step_ours import synchronise
+from benchmarks.step_plain import literal_paired, literal_rows
+from data_pipeline.errors import DataError
+from mokd.config import RunConfig
+from mokd.losses import Target
+from mokd.prototype_loss import distillation_loss
+
+
+def run(config: RunConfig, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Median milliseconds of both, alternating, and their ratio. DataError when gradients differ."""
+    views, temperature = config.views, config.objective.student_temp
+    v, q, b, k = views.count, views.global_crops.count, config.optim.global_batch, config.objective.prototypes
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    heads = [draw(v, b, k).mul_(0.1).requires_grad_() for _ in range(2)]
+    self_mlp, self_thead, cross_mlp = (Target(torch.softmax(draw(q, b, k), -1), w) for w in (1.0, 1.0, 0.1))
+    search = Target(torch.softmax(draw(v - q, b, k), -1), 0.1, paired=False, first_view=q)
+    targets = [[self_mlp, cross_mlp], [self_thead, search]]
+
+    def ours() -> Tensor:
+        return sum(distillation_loss(h, t, temperature)[0] for h, t in zip(heads, targets, strict=True))
+
+    def literal() -> Tensor:
+        total = torch.zeros((), device=device)
+        for logits, terms in zip(heads, targets, strict=True):
+            for target in terms:
+                p = target.probabilities
+                loss = literal_paired if target.paired else literal_rows
+                total = total + target.weight * loss(logits[target.first_view :], p, temperature)
+        return total
+
+    contenders: dict[str, Callable[[], Tensor]] = {"ours": ours, "literal": literal}
+    found = {name: torch.autograd.grad(contender(), heads) for name, contender in contenders.items()}
+    for mine, theirs in zip(found["ours"], found["literal"], strict=True):
+        if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max())):
+            raise DataError("benchmark: fused and literal loss have different gradients: not the same work")
+    del found
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(max(rounds, 3)):
+        for name, contender in contenders.items():
+            synchronise(device)
+            began = time.perf_counter()
+            torch.autograd.grad(contender(), heads)
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    ms = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    return {"ms": ms, "ratio": ms["literal"] / ms["ours"]}

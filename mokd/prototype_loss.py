@@ -1,0 +1,290 @@
+"""The fused prototype loss: from rows and prototypes, or from logits, to the loss and all its gradients.
+
+With z the scaled logits of a student row, L = logsumexp(z), p the combined target (the sum over all its comparisons,
+with their weights) and m the sum of those weights, the row's loss is `m L - p z` and its gradient `m softmax(z) - p`.
+Both are known once L is, so the gradients are computed with the loss; the backward pass only scales them.
+
+Shape letters: V student views, B images per rank, R rows = V * B, C width before the prototypes, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mokd import prototype_blocks
+from mokd.losses import Cut, Target, at_least_fp32
+from mokd.prototypes import HeadOutput, PrototypeWeight, product, product_types
+
+# Logits per block. On a CPU they stay in the cores' second-level caches; on a GPU a block is large enough to fill it.
+_CPU_BLOCK_BYTES_PER_THREAD = 640 << 10
+_GPU_BLOCK_BYTES = 64 << 20
+_GRANULE = 256
+
+
+class Kernels(Protocol):
+    """What is done to a block of logits: see `mokd.prototype_blocks`."""
+
+    def observe(self, z: Tensor, cuts: Sequence[Cut], dots: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes notice of logits."""
+        ...
+
+    def gradient(
+        self, x: Tensor, factor: Tensor, cuts: Sequence[Cut], dtype: torch.dtype, largest: Tensor | None = None
+    ) -> Tensor:
+        """The gradient towards them."""
+        ...
+
+
+def prototype_loss(
+    student: HeadOutput,
+    targets: Sequence[Target],
+    temperature: float,
+    *,
+    train_prototypes: bool = True,
+    recompute: bool | None = None,
+    kernels: Kernels | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the terms, and every term by itself `[len(targets)]` (detached).
+
+    train_prototypes: False computes no gradient for them. recompute: compute the logits twice instead of keeping
+    `[R, K]` of them meanwhile; default: on GPUs, where a second product costs little. kernels: default: the device's.
+    """
+    on_gpu = student.rows.device.type == "cuda"
+    options = (train_prototypes, on_gpu if recompute is None else recompute, kernels or _kernels(on_gpu))
+    total, terms = _PrototypeLoss.apply(student.rows, *student.prototypes, tuple(targets), temperature, *options)
+    return total, terms
+
+
+def distillation_loss(
+    logits: Tensor, targets: Sequence[Target], temperature: float, *, kernels: Kernels | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `prototype_loss`, for student logits `[V, B, K]` that exist already."""
+    kernels = kernels or _kernels(logits.device.type == "cuda")
+    total, terms = _DistillationLoss.apply(logits, tuple(targets), temperature, kernels)
+    return total, terms
+
+
+def _kernels(on_gpu: bool) -> Kernels:
+    if on_gpu:
+        try:
+            from mokd import prototype_triton  # importing it imports Triton, which not every installation has
+        except ImportError:
+            return prototype_blocks
+        return prototype_triton
+    return prototype_blocks
+
+
+class _Terms:
+    """The terms of one evaluation: the weights of their comparisons, and their values from what blocks have shown."""
+
+    def __init__(self, targets: Sequence[Target], views: int, device: torch.device) -> None:
+        self.targets = targets
+        self.coefficients = [target.coefficient(views) for target in targets]
+        self.comparisons = [target.comparisons(views) for target in targets]
+        terms = list(zip(targets, self.coefficients, self.comparisons, strict=True))
+        self.mass = [sum(t.weight * c * n[view] for t, c, n in terms) for view in range(views)]
+        self.dots = torch.zeros(len(targets), dtype=torch.float64, device=device)
+
+    def _factors(self, scale: float) -> list[float]:
+        """What a single comparison of each term weighs in the loss, times `scale`."""
+        return [t.weight * c * scale for t, c in zip(self.targets, self.coefficients, strict=True)]
+
+    def cut(self, index: tuple[Any, ...], scale: float) -> list[Cut]:
+        """The targets as a block of logits meets them."""
+        pairs = zip(self.targets, self._factors(scale), strict=True)
+        return [Cut(t.probabilities[index], factor, t.paired, t.first_view) for t, factor in pairs]
+
+    def mass_of_rows(self, scale: float, like: Tensor) -> Tensor:
+        """The sum of the weights of a row's comparisons, times `scale`: `[V, 1, 1]`."""
+        return _constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
+
+    def values(self, log_z: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the terms, and the terms `[len(targets)]`, for `logsumexp(z)` `[V, B]`."""
+        constant = partial(_constant, dtype=torch.float64, device=log_z.device)
+        comparisons = torch.stack([constant(tuple(map(float, n))) for n in self.comparisons])
+        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * constant(tuple(self.coefficients))
+        total = (terms * constant(tuple(t.weight for t in self.targets))).sum()
+        return total.to(log_z.dtype), terms.to(log_z.dtype)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: bringing numbers to a GPU makes the host wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+class _GradientsKept(torch.autograd.Function):
+    """A function whose forward pass has left its gradients in `ctx.gradients`, for a gradient of 1."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # scaled in place, and handed over: a second backward pass has nothing left to scale
+        if ctx.gradients is None:
+            raise RuntimeError("the prototype loss can be differentiated once")
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_total.device.type != "cpu" or grad_total != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_total)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
+
+
+class _PrototypeLoss(_GradientsKept):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        direction: Tensor,
+        gain: Tensor,
+        norm: Tensor,
+        targets: tuple[Target, ...],
+        temperature: float,
+        train_prototypes: bool,
+        recompute: bool,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(rows.device.type, enabled=False):
+            work = _ByPrototypes(rows, PrototypeWeight(direction, gain, norm), targets, temperature, recompute, kernels)
+            work.observe()
+            ctx.gradients = work.differentiate(*(wanted and train_prototypes for wanted in ctx.needs_input_grad[1:3]))
+            total, terms = work.terms.values(work.log_z)
+        ctx.mark_non_differentiable(terms)
+        return total, terms
+
+
+class _ByPrototypes:
+    """Rows and prototypes, in blocks of prototypes: a first pass finds L, a second one the gradients.
+
+    Between the two, exponentials of all logits are kept, or the logits are computed again. The logits of a block are
+    `s w^T / temperature`.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        weight: PrototypeWeight,
+        targets: Sequence[Target],
+        temperature: float,
+        recompute: bool,
+        kernels: Kernels,
+    ) -> None:
+        self.shape, self.row_type = rows.shape, rows.dtype
+        self.weight, self.kernels, self.recompute = weight, kernels, recompute
+        self.inverse_temp = 1.0 / temperature
+        # half precision enters by rows and prototypes alone; logits and sums are of the second type
+        self.dtype, self.accumulator = product_types(rows)
+        self.rows = rows.flatten(0, 1).to(self.dtype)
+        self.terms = _Terms(targets, rows.shape[0], rows.device)
+        count, prototypes = self.rows.shape[0], weight.direction.shape[0]
+        step = _block_size(count, prototypes, rows.device, self.accumulator.itemsize)
+        self.blocks = [(start, min(start + step, prototypes)) for start in range(0, prototypes, step)]
+        self.memory = torch.empty(
+            count * (step if recompute else prototypes), dtype=self.accumulator, device=rows.device
+        )
+        self.seen: list[Tensor] = []  # the largest logit of every row, by block
+
+    def observe(self) -> None:
+        """The first pass: L of every row `[V, B]`, and the terms' dot products."""
+        sums = []
+        for start, stop in self.blocks:
+            z = self._logits(start, stop, self._weight(start, stop))
+            largest, total = self.kernels.observe(z, self.terms.cut((..., slice(start, stop)), 1.0), self.terms.dots)
+            self.seen.append(largest)
+            sums.append(total)
+        self.log_z = (torch.cat(self.seen, dim=-1) + torch.cat(sums, dim=-1).log_()).logsumexp(dim=-1)
+
+    def differentiate(self, for_direction: bool, for_gain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The second pass: the gradients towards rows, direction and gain."""
+        v, g, norm = self.weight
+        boost = self._boost()
+        unit = self.inverse_temp / boost
+        mass = self.terms.mass_of_rows(boost, self.log_z)
+        out_rows = torch.zeros_like(self.rows, dtype=self.accumulator)
+        part = torch.empty_like(out_rows)
+        out_v = torch.empty_like(v, dtype=self.accumulator) if for_direction or for_gain else None
+        out_g = torch.empty_like(g, dtype=self.accumulator) if for_gain else None
+        for (start, stop), largest in zip(self.blocks, self.seen, strict=True):
+            weight = self._weight(start, stop)
+            x = self._logits(start, stop, weight) if self.recompute else self._memory(start, stop)
+            factor = (largest - self.log_z.unsqueeze(-1)).exp_().mul_(mass)
+            cuts = self.terms.cut((..., slice(start, stop)), boost)
+            towards_z = self.kernels.gradient(x, factor, cuts, self.dtype, largest if self.recompute else None)
+            towards_z = towards_z.flatten(0, 1)
+            product(towards_z, weight, out=part)
+            out_rows += part
+            if out_v is None:
+                continue
+            towards_w, direction, length = out_v[start:stop], v[start:stop], norm[start:stop]
+            product(towards_z.T, self.rows, out=towards_w)
+            # w = g v / |v|: what lies along v changes the gain, the rest the direction
+            radial = torch.linalg.vecdot(towards_w, direction).unsqueeze(1) / length
+            if out_g is not None:
+                torch.mul(radial, unit, out=out_g[start:stop])
+            towards_w.addcmul_(direction, radial / length, value=-1.0)
+            towards_w.mul_(g[start:stop] / length * unit)
+        return out_rows.div_(boost).to(self.row_type).view(self.shape), out_v, out_g
+
+    def _weight(self, start: int, stop: int) -> Tensor:
+        return self.weight.scaled_block(start, stop, self.inverse_temp, self.dtype)
+
+    def _logits(self, start: int, stop: int, weight: Tensor) -> Tensor:
+        z = self._memory(start, stop)
+        product(self.rows, weight.T, out=z.flatten(0, 1))
+        return z
+
+    def _memory(self, start: int, stop: int) -> Tensor:
+        """Of a block's logits `[V, B, stop - start]`: its own, or shared with all other blocks."""
+        count = self.rows.shape[0]
+        first = 0 if self.recompute else count * start
+        return self.memory[first : first + count * (stop - start)].view(*self.shape[:2], stop - start)
+
+    def _boost(self) -> float:
+        """A power of two on all gradients on their way: in half precision those of 1e-8 would vanish."""
+        largest = max(self.terms.mass, default=0.0)
+        if self.dtype.itemsize > 2 or largest <= 0.0:
+            return 1.0
+        return 2.0 ** (13 - math.ceil(math.log2(largest)))
+
+
+class _DistillationLoss(_GradientsKept):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: tuple[Target, ...], temperature: float, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """Image by image: what a block has shown is still in the cache when its gradient is due."""
+        terms = _Terms(targets, logits.shape[0], logits.device)
+        out = torch.empty_like(logits, dtype=at_least_fp32(logits[:0]).dtype)
+        mass = terms.mass_of_rows(1.0 / temperature, out)
+        log_z = []
+        for images in _images(logits):
+            z = torch.mul(logits[:, images], 1.0 / temperature, out=out[:, images])
+            largest, total = kernels.observe(z, terms.cut((slice(None), images), 1.0), terms.dots)
+            log_z.append((largest + total.log()).logsumexp(dim=-1))
+            factor = (largest - log_z[-1].unsqueeze(-1)).exp_().mul_(mass)
+            kernels.gradient(z, factor, terms.cut((slice(None), images), 1.0 / temperature), z.dtype)
+        ctx.gradients = (out.to(logits.dtype),)
+        total, by_term = terms.values(torch.cat(log_z, dim=1))
+        ctx.mark_non_differentiable(by_term)
+        return total, by_term
+
+
+def _images(logits: Tensor) -> Iterator[slice]:
+    views, batch, prototypes = logits.shape
+    limit = _GPU_BLOCK_BYTES if logits.device.type == "cuda" else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
+    step = max(1, limit // (views * prototypes * logits.dtype.itemsize))
+    for start in range(0, batch, step):
+        yield slice(start, min(start + step, batch))
+
+
+def _block_size(rows: int, prototypes: int, device: torch.device, itemsize: int) -> int:
+    limit = _GPU_BLOCK_BYTES if device.type == "cuda" else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
+    granules = limit // (rows * itemsize * _GRANULE)
+    return min(max(granules, 1) * _GRANULE, prototypes)

@@ -1,0 +1,98 @@
+"""Prototypes: the weight-normalised last layer of both heads, and the logits over it.
+
+The normalised weight is never written down: it is as large as the parameter itself. The factor `g / |v|` of every
+prototype is `[K, 1]`, computed once per forward pass, and applied to one block of prototypes at a time.
+
+Shape letters: V views, B images per rank, C width before the prototypes, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK_ROWS = 4096  # prototypes per block where logits are only written; their weight then fits a core's cache
+_EPS = 1e-12  # of the norm
+
+
+class PrototypeWeight(NamedTuple):
+    """The weight `w = g v / |v|` by its parts: direction `v` `[K, C]`, gain `g` `[K, 1]`, `|v|` `[K, 1]` (detached)."""
+
+    direction: Tensor
+    gain: Tensor
+    norm: Tensor
+
+    @torch.no_grad()
+    def scaled_block(self, start: int, stop: int, factor: float, dtype: torch.dtype) -> Tensor:
+        """`factor * w` of some prototypes, in `dtype`; no gradient."""
+        scale = self.gain[start:stop] / self.norm[start:stop] * factor
+        return (self.direction[start:stop] * scale).to(dtype)
+
+
+class HeadOutput(NamedTuple):
+    """Rows `[V, B, C]` before the prototypes, and the prototypes: the logits are their product."""
+
+    rows: Tensor
+    prototypes: PrototypeWeight
+
+    @torch.no_grad()
+    def logits(self, temperature: float = 1.0) -> Tensor:
+        """`[V, B, K]`, over `temperature`, in fp32 or better; no gradient."""
+        dtype, accumulator = product_types(self.rows)
+        count = self.prototypes.direction.shape[0]
+        rows = self.rows.flatten(0, 1).to(dtype)
+        out = torch.empty(*self.rows.shape[:2], count, dtype=accumulator, device=rows.device)
+        step = _BLOCK_ROWS if rows.device.type == "cpu" else count
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                weight = self.prototypes.scaled_block(start, stop, 1.0 / temperature, dtype)
+                product(rows, weight.T, out=out.flatten(0, 1)[:, start:stop])
+        return out
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at 1.
+
+    `lends_storage`: whether the parameters may be read after the forward pass. Sharding, which frees them then, sets it
+    to False; a copy is given in their place.
+    """
+
+    lends_storage = True
+
+    def __init__(self, width: int, count: int, *, train_gain: bool) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(count, width))
+        self.gain = nn.Parameter(torch.ones(count, 1), requires_grad=train_gain)
+        nn.init.trunc_normal_(self.direction, std=0.02)
+
+    def forward(self) -> PrototypeWeight:
+        """The weight by its parts; the norms are computed here, once for all rows of a pass."""
+        norm = torch.linalg.vector_norm(self.direction.detach(), dim=1, keepdim=True).clamp_min(_EPS)
+        return PrototypeWeight(self._lent(self.direction), self._lent(self.gain), norm)
+
+    def _lent(self, parameter: Tensor) -> Tensor:
+        # DDP looks for parameters behind the outputs' grad_fn, which a parameter itself has not, and a view has
+        return parameter.view_as(parameter) if self.lends_storage else parameter.clone()
+
+
+def product_types(rows: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """In which type rows meet prototypes, and in which the products are added up: always fp32 or better.
+
+    Half precision only under autocast on a GPU, whose tensor cores add up in fp32. On CPUs half precision would round
+    the logits themselves, and is no faster.
+    """
+    if rows.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda"), torch.float32
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return dtype, dtype
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`, added up in the type of `out` where that is wider (GPUs only)."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
