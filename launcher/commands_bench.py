@@ -13,7 +13,6 @@ import typer
 from data_pipeline.errors import UserError
 from launcher.console import find_config, messages, print_json, print_table
 from mokd.config import load_config
-from mokd.preflight import check
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +72,8 @@ def resume(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """How long training stands still for a save, and from the start of a resumed run to its first step."""
+    from mokd.preflight import check  # imports torch
+
     run_config = load_config(find_config(config), [*(overrides or []), "evaluation.every_epochs=null"])
     check(run_config, 1)
     if folder is not None and not folder.is_dir():
