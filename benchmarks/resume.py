@@ -46,7 +46,7 @@ def run(config: RunConfig, folder: Path | None = None, say: Callable[[str], None
         "first_step_seconds": round(first_step, 2),
         "checkpoint_bytes": size,
         "measurements": {name: [round(seconds, 4) for seconds in times] for name, times in stalls.items()},
-        "machine": environment.describe(),
+        "machine": {**environment.describe(), "command": ["mokd", *sys.argv[1:]]},
     }
 
 
@@ -57,7 +57,6 @@ def _stood_still(record: dict[str, Any]) -> bool:
 def _changed(config: RunConfig, steps: int, asynchronous: bool) -> RunConfig:
     sections = {
         "logging": {"every_steps": 1, "tensorboard": False},
-        "evaluation": {"every_epochs": None},
         "optim": {"max_steps": steps, "epochs": max(config.optim.epochs, STEPS + 1)},
         "checkpoint": {"every_steps": EVERY, "asynchronous": asynchronous, "keep_last": 1},
     }

@@ -72,9 +72,9 @@ def resume(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """How long training stands still for a save, and from the start of a resumed run to its first step."""
-    from mokd.preflight import check
+    from mokd.preflight import check  # imports torch
 
-    run_config = load_config(find_config(config), overrides or [])
+    run_config = load_config(find_config(config), [*(overrides or []), "evaluation.every_epochs=null"])
     check(run_config, 1)
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder}: no such folder")

@@ -39,9 +39,9 @@ class BranchOptimizer:
             self.torch = torch.optim.AdamW(groups, betas=config.betas, **options)
 
     def take_gradients(self, step: int) -> list[Tensor]:
-        """This rank's pieces of the gradients that the step will use: those of frozen layers are dropped.
+        """This rank's pieces of the gradients that `step` will use, to be looked at or changed in place.
 
-        A parameter without gradient gets no decay and no momentum either.
+        Those of frozen layers are dropped: a parameter without gradient gets no decay and no momentum either.
         """
         frozen = step < self._optim.freeze_last_layer_epochs * self._epoch_steps
         for name, p in self._named:
@@ -50,10 +50,11 @@ class BranchOptimizer:
         return [p.grad for _, p in self._named if p.grad is not None]
 
     def step(self, step: int) -> float:
-        """Clips the gradients that were taken, sets this step's rates, updates the parameters, drops the gradients.
+        """Takes and clips the gradients, sets this step's rates, updates the parameters, drops the gradients.
 
         Returns the learning rate of the branch's main groups.
         """
+        self.take_gradients(step)
         if self._optim.clip_grad_norm is not None:
             self._clip(self._optim.clip_grad_norm)
         rate = self.schedule(step)

@@ -84,7 +84,7 @@ def test_grace_too_short(
     run = train(config(beton, "cut-off"), tmp_path)
     wait_for_step(run, 6)
     push_out(cluster)
-    check_same(run, undisturbed, record_property, most_lost=4)
+    check_same(run, undisturbed, record_property, most_lost=2 * 4)
 
 
 @pytest.mark.fault(4)
@@ -128,7 +128,7 @@ def test_chaos(cluster: Cluster, beton: Path, tmp_path: Path, record_property: R
         wait_for(f"attempt {requeued + 1}", lambda number=requeued: run.current_attempt() > number, 90.0)
         time.sleep(random.uniform(0.0, 14.0))
         cluster.run("scontrol", "requeue", job_of(run))
-    check_same(run, undisturbed, record_property, most_lost=4)
+    check_same(run, undisturbed, record_property, most_lost=2 * 4)
 
 
 @pytest.mark.fault(6)

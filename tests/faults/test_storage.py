@@ -37,8 +37,9 @@ def start(run: RunDirectory, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def new_run(beton: Path, path: Path) -> RunDirectory:
-    return RunDirectory.create(path, config(beton, path.name, epochs=2, every=EVERY))
+def new_run(beton: Path, path: Path, **changes: Any) -> RunDirectory:
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return RunDirectory.create(path, config(beton, path.name, epochs=2, every=EVERY, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +53,24 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory
 
 @pytest.mark.fault(8)
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_cut_off_at_every_point_of_a_save(
-    beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record
+    beton: Path, whole: RunDirectory, tmp_path: Path, record_property: Record, asynchronous: bool
 ) -> None:
-    run, lost, reached = new_run(beton, tmp_path / "cut"), [], 0
+    run = new_run(beton, tmp_path / "cut", checkpoint__asynchronous=asynchronous)
+    lost, reached = [], 0
     for point in POINTS:
         before = checkpoint_step(run)
         crashed = start(run, **{VARIABLE: point})
         assert crashed.returncode == CRASHED, (point, crashed.stderr)
         reached = max(logged_steps(run))
-        assert checkpoint_step(run) in (before, reached)
+        assert checkpoint_step(run) in (before, before + EVERY)
         lost.append(reached - checkpoint_step(run))
     done = start(run)
     assert done.returncode == EXIT_DONE, done.stderr
     record_property("lost", max(lost))
-    assert max(lost) <= EVERY
+    # what is trained while a save is written may go with it; the next save waits for it, so that is less than EVERY
+    assert max(lost) <= (2 * EVERY if asynchronous else EVERY)
     assert weights(run) == weights(whole)
     assert logged_steps(run) == list(range(1, STEPS + 1))
     assert not list(run.checkpoints.glob(".*")), "leftovers of the saves that were cut off"

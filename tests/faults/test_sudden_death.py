@@ -35,7 +35,7 @@ Start = Callable[..., Cluster]
 Record = Callable[[str, Any], None]
 
 
-def check_same(run: RunDirectory, undisturbed: RunDirectory, record_property: Record, most_lost: int = 4) -> None:
+def check_same(run: RunDirectory, undisturbed: RunDirectory, record_property: Record, most_lost: int = 2 * 4) -> None:
     status = wait_until_final(run)
     assert status.state == "done", logs(run)
     lost = max(lost_steps(run), default=0)

@@ -81,7 +81,11 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
             overflow_once(branches[0])
         training.run(step, mine, epoch=0)
     files = state.collect(branches, objective, main=ranks.is_main)
+    evaluated = {branch.name: branch.whole_teacher_backbone().state_dict() for branch in branches}
     if ranks.is_main:
+        for name, tensors in evaluated.items():
+            for key, tensor in tensors.items():
+                assert torch.equal(files[f"branch-{name}"][f"teacher.backbone.{key}"], tensor), key
         save_file({f"{name}/{key}": tensor for name, file in files.items() for key, tensor in file.items()}, output)
     barrier()  # nobody closes its connections while another still needs them
     leave()
