@@ -6,6 +6,7 @@ Slow and plain on purpose: the fast loader is held equal to it, and it runs wher
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -89,12 +90,16 @@ def _batches(
     dataset: Dataset[Any], batches: Sequence[list[int]], workers: int, ahead: int, timeout: float
 ) -> Iterator[Any]:
     """Collated batches by worker processes. A worker that dies, fails or hangs ends in a DataError."""
+    # forked from a process that has no threads: a fork of this one can inherit a lock that nobody will ever open
+    processes = get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         prefetch_factor=ahead,
         timeout=timeout,
+        multiprocessing_context=processes,
     )
     try:
         yield from loader
