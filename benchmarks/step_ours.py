@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mokd.agreement import Agreement
 from mokd.branch import BranchLoss
+from mokd.compilation import compile_branch
 from mokd.config import RunConfig
 from mokd.objective import build_objective
 from mokd.optim import BranchOptimizer
@@ -36,6 +37,8 @@ class Pair:
         for branch_config in config.branches:
             torch.manual_seed(derive_seed(config.seed, "initial weights", branch_config.name))
             branch = self.objective.build_branch(branch_config, self.images)
+            if config.execution.compile:
+                compile_branch(branch)
             parallelise(branch, config.parallel, device)
             branch.optimizer = BranchOptimizer(
                 branch.student, branch_config, config.optim, config.lr_scale, EPOCH_STEPS

@@ -15,6 +15,7 @@ from data_pipeline.loader import build_loader
 from mokd import checkpoint, state
 from mokd.agreement import Agreement
 from mokd.branch import Branch, BranchLoss
+from mokd.compilation import compile_branch
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, barrier
 from mokd.objective import build_objective
@@ -71,6 +72,8 @@ class Trainer:
         # seeded by name: a branch starts from the same weights in a pair and alone
         torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
         branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
+        if self.config.execution.compile:
+            compile_branch(branch)
         parallelise(branch, self.config.parallel, self.device)
         branch.optimizer = BranchOptimizer(
             branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
