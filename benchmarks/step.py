@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,11 +176,3 @@ def _summary(config: RunConfig) -> dict[str, Any]:
         "precision": config.precision.compute,
         "execution": config.execution.model_dump(),
     }
-
-
-def record(result: dict[str, Any], name: str) -> Path:
-    """Keeps a result in `benchmarks/results/`."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mokd.compilation import compile_branch
 from mokd.config import RunConfig
 from mokd.distributed import Ranks
 from mokd.objective import build_objective
@@ -37,6 +38,8 @@ class Pair:
         for branch_config in config.branches:
             torch.manual_seed(derive_seed(config.seed, "initial weights", branch_config.name))
             branch = self.objective.build_branch(branch_config, self.images)
+            if config.execution.compile:
+                compile_branch(branch)
             parallelise(branch, config.parallel, config.precision, device)
             branch.optimizer = BranchOptimizer(
                 branch.student, branch_config, config.optim, config.lr_scale, EPOCH_STEPS

@@ -16,7 +16,12 @@ from mokd.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
-bench = typer.Typer(help="Measure this machine: loaders, conversion, saving and resuming.", no_args_is_help=True)
+# what the benchmarks of the step take unless told otherwise; it is not among the configurations for training
+STEP_CONFIG = ROOT / "benchmarks" / "step.yaml"
+
+bench = typer.Typer(
+    help="Measure this machine: loaders, conversion, the training step, saving and resuming.", no_args_is_help=True
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -88,3 +93,61 @@ def resume(
     rows.append(["resumed, first step", f"{result['first_step_seconds']:.1f} s"])
     rows.append(["checkpoint", f"{result['checkpoint_bytes'] / 2**20:.1f} MiB"])
     print_table("training stands still for", ["what", "median"], rows)
+
+
+@bench.command(epilog="Example: mokd bench step vit_s_resnet50.yaml optim.global_batch=64 --json")
+def step(
+    config: Annotated[str, typer.Argument(help="configuration; default: a small pair")] = str(STEP_CONFIG),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one short round: does it run?")] = False,
+    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Our training step against a plain one of the same mathematics, on a synthetic batch; one process.
+
+    optim.global_batch is the batch of this process.
+    """
+    benchmark = benchmark_module("step")
+    result = _measure(benchmark, config, overrides, quick)
+    if record:
+        _record("step", result)
+    if as_json:
+        print_json(result)
+        return
+    about = result["config"]
+    title = f"{' + '.join(about['branches'])}, {about['views']} px, K = {about['prototypes']}, batch {about['batch']}"
+    rates = [[name, f"{rate:,.2f}"] for name, rate in result["images_per_second"].items()]
+    print_table(title, ["images per second", "median"], rates)
+    print_table("ratios", ["what", "times"], [[name, f"{ratio:.2f}"] for name, ratio in result["ratios"].items()])
+    print_table("phases of our step", ["phase", "ms"], [[k, f"{ms:.1f}"] for k, ms in result["phases_ms"].items()])
+
+
+@bench.command(epilog="Example: mokd bench scaling vit_s_resnet50.yaml --json")
+def scaling(
+    config: Annotated[str, typer.Argument(help="configuration; default: a small pair")] = str(STEP_CONFIG),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one short round: does it run?")] = False,
+    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """The step on 1, 2 and 4 ranks where this machine has places for them; other scales computed, and marked so.
+
+    optim.global_batch is the batch of one rank.
+    """
+    result = _measure(benchmark_module("scaling"), config, overrides, quick)
+    if record:
+        _record("scaling", result)
+    if as_json:
+        print_json(result)
+        return
+    rows = [[n, f"{rate:,.2f}", f"{result['efficiency'][n]:.2f}"] for n, rate in result["images_per_second"].items()]
+    print_table("measured", ["ranks", "images per second", "efficiency"], rows)
+    computed = result["computed"]["efficiency"]
+    rows = [[link, *(f"{value:.2f}" for value in by_world.values())] for link, by_world in computed.items()]
+    print_table("computed, not measured: efficiency", ["link", *(f"{n} ranks" for n in computed[rows[0][0]])], rows)
+
+
+def _measure(benchmark: Any, config: str, overrides: list[str] | None, quick: bool) -> dict[str, Any]:
+    step = benchmark_module("step")
+    given = load_config(find_config(config), overrides or [])
+    return benchmark.run(given, step.QUICK if quick else step.Effort(), lambda line: messages.print(line, markup=False))

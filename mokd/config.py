@@ -239,6 +239,7 @@ class ParallelConfig(StrictModel):
 class ExecutionConfig(StrictModel):
     """How the step is computed: what changes its speed and memory, not its mathematics."""
 
+    compile: Annotated[bool, Field(description="torch.compile of every network; the first steps take minutes")] = False
     recompute_logits: Annotated[
         bool | None, Field(description="compute logits twice instead of keeping them; default: on GPUs")
     ] = None

@@ -22,8 +22,8 @@ from mokd import prototype_blocks
 from mokd.losses import Cut, Target, at_least_fp32
 from mokd.prototypes import HeadOutput, PrototypeWeight, product, product_types
 
-# Logits per block. On a CPU they stay in the cores' second-level caches; on a GPU a block is large enough to fill it.
-_CPU_BLOCK_BYTES_PER_THREAD = 640 << 10
+# Logits per block: on a CPU few enough for the last-level cache, but not fewer, or threads meet too often; on a GPU
+_CPU_BLOCK_BYTES_PER_THREAD = 2560 << 10
 _GPU_BLOCK_BYTES = 64 << 20
 _GRANULE = 256
 

@@ -14,6 +14,7 @@ from data_pipeline.batch import ViewBatch
 from data_pipeline.loader import build_loader
 from mokd import checkpoint, state
 from mokd.branch import Branch
+from mokd.compilation import compile_branch
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, barrier, broadcast_from_main
 from mokd.objective import build_objective
@@ -71,6 +72,8 @@ class Trainer:
         # seeded by name: a branch starts from the same weights in a pair and alone
         torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
         branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
+        if self.config.execution.compile:
+            compile_branch(branch)
         accumulate = self.config.optim.accumulate > 1
         parallelise(branch, self.config.parallel, self.config.precision, self.device, accumulate=accumulate)
         branch.optimizer = BranchOptimizer(
