@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mokd import prototype_blocks
+from mokd.huge_pages import empty
 from mokd.losses import Cut, Target, at_least_fp32
 from mokd.prototypes import HeadOutput, PrototypeWeight, product, product_types
 
@@ -186,9 +187,7 @@ class _ByPrototypes:
         count, prototypes = self.rows.shape[0], weight.direction.shape[0]
         step = _block_size(count, prototypes, rows.device, self.accumulator.itemsize)
         self.blocks = [(start, min(start + step, prototypes)) for start in range(0, prototypes, step)]
-        self.memory = torch.empty(
-            count * (step if recompute else prototypes), dtype=self.accumulator, device=rows.device
-        )
+        self.memory = empty([count * (step if recompute else prototypes)], self.accumulator, rows.device)
         self.seen: list[Tensor] = []  # the largest logit of every row, by block
 
     def observe(self) -> None:
@@ -209,7 +208,7 @@ class _ByPrototypes:
         mass = self.terms.mass_of_rows(boost, self.log_z)
         out_rows = torch.zeros_like(self.rows, dtype=self.accumulator)
         part = torch.empty_like(out_rows)
-        out_v = torch.empty_like(v, dtype=self.accumulator) if for_direction or for_gain else None
+        out_v = empty(v.shape, self.accumulator, v.device) if for_direction or for_gain else None
         out_g = torch.empty_like(g, dtype=self.accumulator) if for_gain else None
         for (start, stop), largest in zip(self.blocks, self.seen, strict=True):
             weight = self._weight(start, stop)
@@ -261,7 +260,7 @@ class _DistillationLoss(_GradientsKept):
     ) -> tuple[Tensor, Tensor]:
         """Image by image: what a block has shown is still in the cache when its gradient is due."""
         terms = _Terms(targets, logits.shape[0], logits.device)
-        out = torch.empty_like(logits, dtype=at_least_fp32(logits[:0]).dtype)
+        out = empty(logits.shape, at_least_fp32(logits[:0]).dtype, logits.device)
         mass = terms.mass_of_rows(1.0 / temperature, out)
         log_z = []
         for images in _images(logits):

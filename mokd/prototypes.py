@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mokd.huge_pages import empty
+
 _BLOCK_ROWS = 4096  # prototypes per block where logits are only written; their weight then fits a core's cache
 _EPS = 1e-12  # of the norm
 
@@ -43,7 +45,7 @@ class HeadOutput(NamedTuple):
         dtype, accumulator = product_types(self.rows)
         count = self.prototypes.direction.shape[0]
         rows = self.rows.flatten(0, 1).to(dtype)
-        out = torch.empty(*self.rows.shape[:2], count, dtype=accumulator, device=rows.device)
+        out = empty([*self.rows.shape[:2], count], accumulator, rows.device)
         step = _BLOCK_ROWS if rows.device.type == "cpu" else count
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, count, step):
