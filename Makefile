@@ -23,7 +23,7 @@ help:
 setup: $(STAMP)
 
 # quick when nothing has changed: the stamp is newer than what it depends on
-$(STAMP): pyproject.toml constraints.txt setup.py tools/setup $(wildcard data_pipeline/native/*)
+$(STAMP): pyproject.toml constraints.txt setup.py tools/setup $(wildcard data_pipeline/native/* mokd/native/*)
 	@tools/setup '$(VENV)' '$(PYTHON)'
 	@touch $@
 

@@ -15,12 +15,13 @@ from data_pipeline.config import ViewsConfig
 from mokd.branch import Branch, BranchLoss
 from mokd.config import BranchConfig, DinoConfig
 from mokd.distributed import world_size
-from mokd.losses import Target, entropy, softmax, teacher_probabilities
+from mokd.losses import Target, entropy
 from mokd.monitors import feature_monitors
 from mokd.network import NetworkOutput, build_network
 from mokd.prototype_loss import prototype_loss
 from mokd.prototypes import HeadOutput
 from mokd.schedules import teacher_temperature
+from mokd.targets import softmax, teacher_probabilities
 
 HEADS = ("mlp", "t_head")
 # logits of the students are kept for the backward pass with their log-softmax and gradient, in fp32

@@ -70,18 +70,6 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float) -> Tensor:
-    """`softmax((t - center) / T)` over the last dimension, in fp32 or better; no gradient."""
-    logits = at_least_fp32(logits.detach())
-    scaled = logits / temperature if center is None else (logits - center).div_(temperature)
-    return softmax(scaled)
-
-
-def softmax(scaled: Tensor) -> Tensor:
-    """Over the last dimension; on CPUs in the memory of `scaled`, where fresh memory costs as much as the softmax."""
-    return torch.softmax(scaled, dim=-1, out=scaled if scaled.device.type == "cpu" else None)
-
-
 def entropy(probabilities: Tensor) -> Tensor:
     """Mean entropy in nats of distributions along the last dimension."""
     return torch.special.entr(probabilities).sum(dim=-1).mean()

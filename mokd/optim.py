@@ -29,9 +29,8 @@ class BranchOptimizer:
         self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
         groups = list(_groups(self._named, branch))
         config = branch.optimizer
-        # On CPUs the fused AdamW, which reads and writes everything once, is 7 times as fast as foreach. The fused SGD
-        # cannot take up parameters that have no momentum yet, as last layers have none after the freeze.
-        fused = config.kind == "adamw" and all(p.device.type == "cpu" for _, p in self._named)
+        # on CPUs the fused optimisers, which read and write everything once, are several times as fast as foreach
+        fused = all(p.device.type == "cpu" for _, p in self._named)
         options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused" if fused else "foreach": True}
         if config.kind == "sgd":
             self.torch: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum, **options)
@@ -120,10 +119,13 @@ def _by_decay(named: list[tuple[str, nn.Parameter]], schedule: GroupConfig) -> I
     def plain(name: str, p: nn.Parameter) -> bool:
         return not schedule.decay_all and (p.ndim <= 1 or name.endswith(".bias"))
 
-    for decayed in (True, False):
-        params = [p for name, p in named if plain(name, p) is not decayed]
-        if params:
-            yield {"params": params, "schedule": schedule, "decayed": decayed}
+    # last layers have groups of their own: after the freeze they have no momentum yet when all others have, and the
+    # fused SGD takes either kind, not both at once
+    for last in (False, True):
+        for decayed in (True, False):
+            params = [p for name, p in named if plain(name, p) is not decayed and is_last_layer(name) is last]
+            if params:
+                yield {"params": params, "schedule": schedule, "decayed": decayed}
 
 
 def _optimised(p: nn.Parameter) -> nn.Parameter:
@@ -144,5 +146,9 @@ def clip_each(gradients: list[Tensor], limit: float, group: dist.ProcessGroup | 
         squares = norms.square()
         dist.all_reduce(squares, group=group)
         norms = squares.sqrt()
-    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0).unbind()
+    pairs = list(zip(gradients, factors, strict=True))
+    if norms.device.type == "cpu":  # where nothing has to wait for a number, most gradients can be left alone
+        pairs = [(gradient, factor) for gradient, factor in pairs if factor < 1.0]
+    if pairs:
+        torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))

@@ -1,4 +1,4 @@
-"""The fused loss on a block of logits, in torch operations that stay in place and, on CPUs, in the cache.
+"""The fused loss on a block of logits, in torch operations that stay in place: the reference for the others.
 
 A block is `[V, B, k]`: all student views of some images, over some prototypes.
 """
@@ -12,13 +12,21 @@ from torch import Tensor
 
 from mokd.losses import Cut
 
+BY_PROTOTYPE = False
 
-def observe(z: Tensor, cuts: Sequence[Cut], dots: Tensor) -> tuple[Tensor, Tensor]:
+
+def observe(
+    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """What the loss needs of scaled logits: every row's largest one and its `sum(exp(z - largest))`, both `[V, B, 1]`.
+
+    The logits are z, or `scale * raw` where that is given; z is then only written.
 
     Every term's sum of `p z` over its comparisons is added to `dots`. Leaves `exp(z - largest)` in `z`. (Another
     implementation may cut a row into T tiles of equal size, each with a largest logit of its own: `[V, B, T]`.)
     """
+    if raw is not None:
+        torch.mul(raw, scale, out=z)
     all_views = z.sum(dim=0) if any(cut.paired for cut in cuts) else z
     for i, cut in enumerate(cuts):
         p, own = cut.probabilities, cut.own(z)
@@ -54,3 +62,15 @@ def gradient(
         if not cut.paired:
             x[cut.first_view :].sub_(cut.probabilities, alpha=cut.factor)
     return x.to(dtype)
+
+
+def through_norm(towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float) -> Tensor:
+    """Turns gradients towards weights `w = g v / |v|` `[k, C]`, in place, into those towards the directions v.
+
+    unit: a factor on all of them. Returns the gradients towards the gains `[k, 1]`.
+    """
+    # what lies along v changes the gain, the rest the direction
+    radial = torch.linalg.vecdot(towards, direction).unsqueeze(1) / norm
+    towards.addcmul_(direction, radial / norm, value=-1.0)
+    towards.mul_(gain / norm * unit)
+    return radial.mul_(unit)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mokd import prototype_blocks
+from mokd import prototype_blocks, prototype_native
 from mokd.huge_pages import empty
 from mokd.losses import Cut, Target, at_least_fp32
-from mokd.prototypes import HeadOutput, PrototypeWeight, product, product_types
+from mokd.prototypes import HeadOutput, PrototypeWeight, logits_in, product, product_types
 
 # Logits per block: on a CPU few enough for the last-level cache, but not fewer, or threads meet too often; on a GPU
 _CPU_BLOCK_BYTES_PER_THREAD = 2560 << 10
@@ -30,9 +30,13 @@ _GRANULE = 256
 
 
 class Kernels(Protocol):
-    """What is done to a block of logits: see `mokd.prototype_blocks`."""
+    """What is done to a block of logits: see `mokd.prototype_blocks`. BY_PROTOTYPE: how it should lie in memory."""
 
-    def observe(self, z: Tensor, cuts: Sequence[Cut], dots: Tensor) -> tuple[Tensor, Tensor]:
+    BY_PROTOTYPE: bool
+
+    def observe(
+        self, z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Takes notice of logits."""
         ...
 
@@ -40,6 +44,10 @@ class Kernels(Protocol):
         self, x: Tensor, factor: Tensor, cuts: Sequence[Cut], dtype: torch.dtype, largest: Tensor | None = None
     ) -> Tensor:
         """The gradient towards them."""
+        ...
+
+    def through_norm(self, towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float) -> Tensor:
+        """From gradients towards weights to those towards directions and gains."""
         ...
 
 
@@ -73,13 +81,13 @@ def distillation_loss(
 
 
 def _kernels(on_gpu: bool) -> Kernels:
-    if on_gpu:
-        try:
-            from mokd import prototype_triton  # importing it imports Triton, which not every installation has
-        except ImportError:
-            return prototype_blocks
-        return prototype_triton
-    return prototype_blocks
+    if not on_gpu:
+        return prototype_native
+    try:
+        from mokd import prototype_triton  # importing it imports Triton, which not every installation has
+    except ImportError:
+        return prototype_blocks
+    return prototype_triton
 
 
 class _Terms:
@@ -188,6 +196,7 @@ class _ByPrototypes:
         step = _block_size(count, prototypes, rows.device, self.accumulator.itemsize)
         self.blocks = [(start, min(start + step, prototypes)) for start in range(0, prototypes, step)]
         self.memory = empty([count * (step if recompute else prototypes)], self.accumulator, rows.device)
+        self.scaled = torch.empty(step, weight.direction.shape[1], dtype=self.dtype, device=rows.device)
         self.seen: list[Tensor] = []  # the largest logit of every row, by block
 
     def observe(self) -> None:
@@ -221,18 +230,15 @@ class _ByPrototypes:
             out_rows += part
             if out_v is None:
                 continue
-            towards_w, direction, length = out_v[start:stop], v[start:stop], norm[start:stop]
-            product(towards_z.T, self.rows, out=towards_w)
-            # w = g v / |v|: what lies along v changes the gain, the rest the direction
-            radial = torch.linalg.vecdot(towards_w, direction).unsqueeze(1) / length
+            product(towards_z.T, self.rows, out=out_v[start:stop])
+            parameters = (v[start:stop], norm[start:stop], g[start:stop])
+            towards_g = self.kernels.through_norm(out_v[start:stop], *parameters, unit)
             if out_g is not None:
-                torch.mul(radial, unit, out=out_g[start:stop])
-            towards_w.addcmul_(direction, radial / length, value=-1.0)
-            towards_w.mul_(g[start:stop] / length * unit)
+                out_g[start:stop] = towards_g
         return out_rows.div_(boost).to(self.row_type).view(self.shape), out_v, out_g
 
     def _weight(self, start: int, stop: int) -> Tensor:
-        return self.weight.scaled_block(start, stop, self.inverse_temp, self.dtype)
+        return self.weight.scaled_block(start, stop, self.inverse_temp, out=self.scaled)
 
     def _logits(self, start: int, stop: int, weight: Tensor) -> Tensor:
         z = self._memory(start, stop)
@@ -243,7 +249,8 @@ class _ByPrototypes:
         """Of a block's logits `[V, B, stop - start]`: its own, or shared with all other blocks."""
         count = self.rows.shape[0]
         first = 0 if self.recompute else count * start
-        return self.memory[first : first + count * (stop - start)].view(*self.shape[:2], stop - start)
+        memory = self.memory[first : first + count * (stop - start)]
+        return logits_in(memory, *self.shape[:2], by_prototype=self.kernels.BY_PROTOTYPE)
 
     def _boost(self) -> float:
         """A power of two on all gradients on their way: in half precision those of 1e-8 would vanish."""
@@ -258,14 +265,15 @@ class _DistillationLoss(_GradientsKept):
     def forward(
         ctx: Any, logits: Tensor, targets: tuple[Target, ...], temperature: float, kernels: Kernels
     ) -> tuple[Tensor, Tensor]:
-        """Image by image: what a block has shown is still in the cache when its gradient is due."""
+        """On GPUs some images at a time: what a block has shown is still in the cache when its gradient is due."""
         terms = _Terms(targets, logits.shape[0], logits.device)
-        out = empty(logits.shape, at_least_fp32(logits[:0]).dtype, logits.device)
+        memory = empty([logits.numel()], at_least_fp32(logits[:0]).dtype, logits.device)
+        out = logits_in(memory, *logits.shape[:2], by_prototype=kernels.BY_PROTOTYPE)
         mass = terms.mass_of_rows(1.0 / temperature, out)
         log_z = []
         for images in _images(logits):
-            z = torch.mul(logits[:, images], 1.0 / temperature, out=out[:, images])
-            largest, total = kernels.observe(z, terms.cut((slice(None), images), 1.0), terms.dots)
+            z, cuts = out[:, images], terms.cut((slice(None), images), 1.0)
+            largest, total = kernels.observe(z, cuts, terms.dots, logits[:, images], 1.0 / temperature)
             log_z.append((largest + total.log()).logsumexp(dim=-1))
             factor = (largest - log_z[-1].unsqueeze(-1)).exp_().mul_(mass)
             kernels.gradient(z, factor, terms.cut((slice(None), images), 1.0 / temperature), z.dtype)
@@ -277,8 +285,8 @@ class _DistillationLoss(_GradientsKept):
 
 def _images(logits: Tensor) -> Iterator[slice]:
     views, batch, prototypes = logits.shape
-    limit = _GPU_BLOCK_BYTES if logits.device.type == "cuda" else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
-    step = max(1, limit // (views * prototypes * logits.dtype.itemsize))
+    on_gpu = logits.device.type == "cuda"
+    step = max(1, _GPU_BLOCK_BYTES // (views * prototypes * logits.dtype.itemsize)) if on_gpu else batch
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 

@@ -19,11 +19,16 @@ from torch import Tensor
 from mokd import prototype_blocks
 from mokd.losses import Cut
 
+BY_PROTOTYPE = False
 _TILE = 1024
 
 
-def observe(z: Tensor, cuts: Sequence[Cut], dots: Tensor) -> tuple[Tensor, Tensor]:
+def observe(
+    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """As `prototype_blocks.observe`; rows are cut into tiles."""
+    if raw is not None:
+        torch.mul(raw, scale, out=z)
     if not _fits(cuts):
         return prototype_blocks.observe(z, cuts, dots)
     views, batch, count = z.shape
@@ -65,6 +70,9 @@ def gradient(
         **constants,
     )
     return out
+
+
+through_norm = prototype_blocks.through_norm
 
 
 def _fits(cuts: Sequence[Cut]) -> bool:

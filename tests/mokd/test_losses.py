@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mokd import huge_pages
+from mokd import huge_pages, prototype_blocks, prototype_native
 from mokd import prototype_loss as module
-from mokd.losses import Target, entropy, teacher_probabilities
+from mokd.losses import Target, entropy
 from mokd.prototype_loss import distillation_loss, prototype_loss
-from mokd.prototypes import HeadOutput, Prototypes, PrototypeWeight
+from mokd.prototypes import HeadOutput, Prototypes, PrototypeWeight, logits_in
+from mokd.targets import teacher_probabilities
 from tests.support import ROOT
 
 
@@ -160,6 +161,46 @@ def test_single_precision_is_close_to_double() -> None:
     assert total.item() == pytest.approx(exact.item(), rel=1e-5)
     for ours, theirs in zip(torch.autograd.grad(total, single), expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 3, 8, 1500, 2), (3, 16, 20, 256, 2)])
+def test_the_compiled_kernels_equal_the_torch_ones(shape: tuple[int, ...], recompute: bool) -> None:
+    if not prototype_native.available():
+        pytest.skip("the compiled loss was not built")
+    leaves, targets = problem(*shape, search=True)
+    single = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    targets = [t._replace(probabilities=by_prototype(t.probabilities)) for t in targets]
+    results = []
+    for kernels in (prototype_native, prototype_blocks):
+        total, terms = prototype_loss(given(single), targets, 0.2, kernels=kernels, recompute=recompute)
+        results.append([total.detach(), terms, *torch.autograd.grad(total, single)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * theirs.abs().max().item())
+    logits = by_prototype(torch.randn(shape[0], shape[1], shape[3]) * 3)
+    grads = []
+    for given_logits, kernels in ((logits, prototype_native), (logits.contiguous(), prototype_blocks)):
+        leaf = given_logits.detach().requires_grad_()
+        total, _ = distillation_loss(leaf, targets, 0.2, kernels=kernels)
+        grads.append(torch.autograd.grad(total, leaf)[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=2e-6 * grads[1].abs().max().item())
+
+
+def test_the_compiled_softmax_equals_torch_s_and_lets_no_nan_get_lost() -> None:
+    if not prototype_native.available():
+        pytest.skip("the compiled loss was not built")
+    logits, center = by_prototype(10 * torch.randn(2, 3, 700)), torch.randn(700)
+    expected = torch.softmax((logits.double() - center.double()) / 0.04, -1)
+    torch.testing.assert_close(teacher_probabilities(logits, center, 0.04).double(), expected, rtol=1e-4, atol=1e-12)
+    logits[1, 2, 600] = torch.nan
+    found = teacher_probabilities(logits, None, 0.04)
+    assert found[1, 2].isnan().all()
+    assert found.isfinite().sum() == found.numel() - 700
+
+
+def by_prototype(logits: Tensor) -> Tensor:
+    """In single precision, in the memory order that the step has on CPUs."""
+    return logits_in(torch.empty(logits.numel()), *logits.shape[:2], by_prototype=True).copy_(logits)
 
 
 def test_half_precision_rows_and_autocast_are_computed_in_fp32() -> None:
