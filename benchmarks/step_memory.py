@@ -1,12 +1,13 @@
-"""Some steps of one contender in a fresh process, for its peak memory. `mokd bench step` starts it.
+"""Some steps of one contender in a fresh process, for its peak memory. `mokd bench step` and `memory` start it.
 
-usage: python -m benchmarks.step_memory CONFIG.yaml ours|plain
+usage: python -m benchmarks.step_memory CONFIG.yaml ours|plain [LIMIT_MB]
 """
 
 from __future__ import annotations
 
 import json
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from mokd.config import load_config
 from mokd.distributed import Ranks, pick_device
 
 STEPS = 3
+_NEVER_TOUCHED = 512 << 20  # bytes that libraries reserve on a CPU, about, and that cost no memory
 
 
-def main(config: str, contender: str) -> None:
+def main(config: str, contender: str, limit_mb: str | None = None) -> None:
     device = pick_device(Ranks())
+    if limit_mb is not None:
+        allow_no_more_than(float(limit_mb) * 2**20, device)
     pair = Pair(load_config(Path(config)), device)
     step = {"ours": OurStep, "plain": PlainStep}[contender](pair)
     for number in range(STEPS):
@@ -32,6 +36,16 @@ def main(config: str, contender: str) -> None:
         status = Path("/proc/self/status").read_text()
         peak = int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) / 1024
     print(json.dumps({"peak_mb": peak}))
+
+
+def allow_no_more_than(limit: float, device: torch.device) -> None:
+    """What exceeds so many bytes fails to get memory, instead of bringing the machine down."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(limit / whole, 1.0), device)
+    else:
+        reserved = int(limit) + _NEVER_TOUCHED
+        resource.setrlimit(resource.RLIMIT_DATA, (reserved, reserved))
 
 
 if __name__ == "__main__":

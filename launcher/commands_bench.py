@@ -12,7 +12,7 @@ import typer
 
 from data_pipeline.errors import UserError
 from launcher.console import find_config, messages, print_json, print_table
-from mokd.config import load_config
+from mokd.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEP_CONFIG = ROOT / "benchmarks" / "step.yaml"
 
 bench = typer.Typer(
-    help="Measure this machine: loaders, conversion, the training step, saving and resuming.", no_args_is_help=True
+    help="Measure this machine: loaders, conversion, the step, its memory, saving, resuming.",
+    no_args_is_help=True,
 )
 
 
@@ -147,7 +148,35 @@ def scaling(
     print_table("computed, not measured: efficiency", ["link", *(f"{n} ranks" for n in computed[rows[0][0]])], rows)
 
 
+@bench.command(epilog="Example: mokd bench memory vit_s_resnet50.yaml --limit-gb 60 --json")
+def memory(
+    config: Annotated[str, typer.Argument(help="configuration; default: a small pair")] = str(STEP_CONFIG),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    limit_gb: Annotated[float | None, typer.Option(min=0.1, help="default: the memory that is free now")] = None,
+    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """The largest batch per GPU (or process, on CPUs) that fits, found by trying ever larger ones."""
+    given = _configuration(config, overrides)
+    limit_mb = None if limit_gb is None else limit_gb * 1024
+    result = benchmark_module("memory").run(given, limit_mb, lambda line: messages.print(line, markup=False))
+    if record:
+        _record("memory", result)
+    if as_json:
+        print_json(result)
+        return
+    print(f"largest batch {result['largest_batch']}: {result['peak_mb']:,.0f} of {result['limit_mb']:,.0f} MB")
+
+
+def _configuration(config: str, overrides: list[str] | None) -> RunConfig:
+    """What a benchmark of the step takes; the default one where only overrides are given."""
+    given = overrides or []
+    if "=" in config:
+        config, given = str(STEP_CONFIG), [config, *given]
+    return load_config(find_config(config), given)
+
+
 def _measure(benchmark: Any, config: str, overrides: list[str] | None, quick: bool) -> dict[str, Any]:
     step = benchmark_module("step")
-    given = load_config(find_config(config), overrides or [])
+    given = _configuration(config, overrides)
     return benchmark.run(given, step.QUICK if quick else step.Effort(), lambda line: messages.print(line, markup=False))

@@ -24,8 +24,6 @@ from mokd.schedules import teacher_temperature
 from mokd.targets import softmax, teacher_probabilities
 
 HEADS = ("mlp", "t_head")
-# logits of the students are kept for the backward pass with their log-softmax and gradient, in fp32
-BYTES_PER_LOGIT = 3 * 4
 
 
 class DinoObjective:
@@ -160,9 +158,12 @@ class DinoObjective:
             center.copy_(tensors[key])
 
     def loss_bytes(self, images_per_rank: int) -> int:
-        """The logits of both heads for every view of every branch."""
-        rows = len(self.names) * len(HEADS) * self.views.count * images_per_rank
-        return rows * self.config.prototypes * BYTES_PER_LOGIT
+        """What lies over all prototypes at a time, in fp32: of every teacher head its logits and targets at two
+        temperatures; of one student head after another its logits, and what its queries have found.
+        """
+        teachers = len(self.names) * len(HEADS) * self.views.global_crops.count * 3
+        student = self.views.count + self.views.local_crops.count
+        return (teachers + student) * images_per_rank * self.config.prototypes * 4
 
 
 class _Teachers:
