@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data_pipeline.errors import UserError
@@ -127,9 +130,24 @@ def _parse(job_id: str, line: str) -> Job:
     )
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Programs started meanwhile do not get the signals that SLURM sends to every process of a job which it ends.
+
+    A requeue ends the very job that asks for it; what else is to be said about that job must still be said. The signals
+    reach this process afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _command(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30.0, check=False)
+        with _signals_held_back():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30.0, check=False)
     except FileNotFoundError:
         raise SchedulerError(f"{command[0]}: not installed on this machine") from None
     except subprocess.TimeoutExpired:

@@ -62,7 +62,7 @@ class DinoObjective:
         A branch's forward pass is made when its loss is asked for: differentiated at once, it leaves no activations
         behind before the next one's exist.
         """
-        teachers = self._teachers(branches, views)
+        teachers = self._teachers(branches, views, epoch)
         for i in range(len(branches)):
             yield self._loss(i, branches, teachers, views, epoch)
 
@@ -77,56 +77,48 @@ class DinoObjective:
         student: NetworkOutput = branch.forward_student(list(views))
         with torch.no_grad():
             mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), float(on.self_mlp))}
-            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), float(on.self_thead))}
-            # with several others the mean of their targets is the target of the mean loss
             if others and on.cross_mlp:
+                # with several others the mean of their targets is the target of the mean loss
                 probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
                 mlp["cross_mlp"] = Target(probabilities, branch.config.weight)
+        losses = [self._head_loss(student.mlp, mlp, epoch)]
+        with torch.no_grad():
+            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), float(on.self_thead))}
             if others and on.cross_search:
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
                 found = _mean([self._search(branches[j], teachers.outputs[j], queries, cross) for j in others])
                 t_head["cross_search"] = Target(found, branch.config.weight, paired=False, first_view=first)
-        return self._branch_loss(i, student, mlp, t_head, trains_prototypes=epoch >= self.frozen_epochs)
-
-    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor]) -> _Teachers:
-        with torch.no_grad():
-            teachers = _Teachers([branch.teacher(views[:1]) for branch in branches], self.centers)
-            seen = torch.stack([torch.stack([head.mean(dim=(0, 1)) for head in pair]) for pair in teachers.logits])
-            self._seen.append(seen)
-            if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
-                self._arriving.append(dist.all_reduce(seen, async_op=True))
-        return teachers
-
-    def _branch_loss(
-        self,
-        i: int,
-        student: NetworkOutput,
-        mlp: dict[str, Target],
-        t_head: dict[str, Target],
-        *,
-        trains_prototypes: bool,
-    ) -> BranchLoss:
-        """`L_sm + L_st + lambda (L_cm + L_ct)`, the cross terms averaged over the other branches."""
-        total: Tensor | float = 0.0
-        terms: dict[str, Tensor] = {}
-        for output, targets in ((student.mlp, mlp), (student.t_head, t_head)):
-            loss, values = prototype_loss(
-                output,
-                list(targets.values()),
-                self.config.student_temp,
-                train_prototypes=trains_prototypes,
-                recompute=self.recompute_logits,
-            )
-            total = total + loss
-            terms.update(zip(targets, values, strict=True))
-        assert isinstance(total, Tensor)
-        pooled, center, own = student.pooled.detach(), self.centers[i], mlp["self_mlp"].probabilities
+        losses.append(self._head_loss(student.t_head, t_head, epoch))
+        terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
+        pooled, center, targets = student.pooled.detach(), self.centers[i], mlp["self_mlp"].probabilities
 
         def monitors() -> dict[str, Tensor]:
-            return {"teacher_entropy": entropy(own), "center_norm": center.norm(), **feature_monitors(pooled)}
+            return {"teacher_entropy": entropy(targets), "center_norm": center.norm(), **feature_monitors(pooled)}
 
-        return BranchLoss(total, terms, monitors)
+        return BranchLoss(losses[0][0] + losses[1][0], terms, monitors)
+
+    def _head_loss(self, output: HeadOutput, targets: dict[str, Target], epoch: int) -> tuple[Tensor, Tensor]:
+        """The weighted sum of a head's terms, and the terms."""
+        return prototype_loss(
+            output,
+            list(targets.values()),
+            self.config.student_temp,
+            train_prototypes=epoch >= self.frozen_epochs,
+            recompute=self.recompute_logits,
+        )
+
+    @torch.no_grad()
+    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> _Teachers:
+        cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
+        shared = cross if len(branches) > 1 and self.config.terms.cross_mlp else set()
+        own = [{self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)} for branch in branches]
+        outputs = [branch.teacher(views[:1]) for branch in branches]
+        teachers = _Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
+        self._seen.append(teachers.means)
+        if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
+            self._arriving.append(dist.all_reduce(teachers.means, async_op=True))
+        return teachers
 
     def _search(self, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
         """What local queries `[L, B, d]` find in global view 1 of another branch's teacher: targets `[L, B, K]`."""
@@ -158,30 +150,40 @@ class DinoObjective:
             center.copy_(tensors[key])
 
     def loss_bytes(self, images_per_rank: int) -> int:
-        """What lies over all prototypes at a time, in fp32: of every teacher head its logits and targets at two
+        """What lies over all prototypes at a time, in fp32: of every teacher its targets, of the MLP head at two
         temperatures; of one student head after another its logits, and what its queries have found.
         """
-        teachers = len(self.names) * len(HEADS) * self.views.global_crops.count * 3
+        teachers = len(self.names) * 3 * self.views.global_crops.count
         student = self.views.count + self.views.local_crops.count
         return (teachers + student) * images_per_rank * self.config.prototypes * 4
 
 
 class _Teachers:
-    """What all teachers say of a batch. A target that several terms share is computed once."""
+    """What all teachers say of a batch. A target that several terms share is computed once.
 
-    def __init__(self, outputs: Sequence[NetworkOutput], centers: Tensor) -> None:
+    temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs
+    `[branches, heads, K]`.
+    """
+
+    def __init__(
+        self, outputs: Sequence[NetworkOutput], centers: Tensor, temperatures: Sequence[Sequence[set[float]]]
+    ) -> None:
         self.outputs = outputs
-        self.logits = [(output.mlp.logits(), output.t_head.logits()) for output in outputs]
-        self._centers = centers
         self._known: dict[tuple[int, int, float], Tensor] = {}
+        means = []
+        for i, output in enumerate(outputs):
+            for h, head in enumerate((output.mlp, output.t_head)):
+                logits = head.logits()
+                means.append(logits.mean(dim=(0, 1)))
+                *others, last = sorted(temperatures[i][h])
+                for temperature in others:
+                    self._known[i, h, temperature] = teacher_probabilities(logits, centers[i, h], temperature)
+                self._known[i, h, last] = teacher_probabilities(logits, centers[i, h], last, in_place=True)
+        self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
 
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:
         """The centred targets `[Q, B, K]` of a branch's head."""
-        key = (branch, head, temperature)
-        if key not in self._known:
-            logits, center = self.logits[branch][head], self._centers[branch, head]
-            self._known[key] = teacher_probabilities(logits, center, temperature)
-        return self._known[key]
+        return self._known[branch, head, temperature]
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -9,15 +9,21 @@ from mokd import prototype_native
 from mokd.losses import at_least_fp32
 
 
-def teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float) -> Tensor:
-    """`softmax((t - center) / T)` over the last dimension, in fp32 or better; no gradient."""
+def teacher_probabilities(
+    logits: Tensor, center: Tensor | None, temperature: float, *, in_place: bool = False
+) -> Tensor:
+    """`softmax((t - center) / T)` over the last dimension, in fp32 or better; no gradient.
+
+    in_place: the logits may be overwritten, and their memory taken.
+    """
     logits = at_least_fp32(logits.detach())
+    out = logits if in_place else torch.empty_like(logits)
     if prototype_native.by_prototype(logits):
-        found = prototype_native.softmax(logits, center, temperature, torch.empty_like(logits))
+        found = prototype_native.softmax(logits, center, temperature, out)
         if found is not None:
             return found
-    scaled = logits / temperature if center is None else (logits - center).div_(temperature)
-    return softmax(scaled)
+    shifted = logits if center is None else torch.sub(logits, center, out=out)
+    return softmax(torch.div(shifted, temperature, out=out))
 
 
 def softmax(scaled: Tensor) -> Tensor:

@@ -155,6 +155,10 @@ def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_p
     run = pretend(tmp_path, beton, "orphan", {"steps": 400, "step_seconds": 0.1, "every": 100000})
     wait_for_step(run, 10)
     found = ranks(run)
+    # a controller that dies before it has written a job down has never heard of it
+    started = float(attempt_record(run, 1)["time"])
+    saved_state = cluster.state / "ctld" / "job_state"
+    wait_for("the controller to save its state", lambda: saved_state.stat().st_mtime > started + 2.0, 60.0)
     cluster.stop("slurmctld", signal.SIGKILL)
     try:
         kill(found.values(), signal.SIGUSR2)

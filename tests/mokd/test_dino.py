@@ -161,7 +161,9 @@ def test_while_frozen_prototypes_get_no_gradients_and_all_else_the_same() -> Non
 def test_a_target_is_computed_once_for_self_and_cross_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     real = dino.teacher_probabilities
-    monkeypatch.setattr(dino, "teacher_probabilities", lambda *given: made.append(given[2]) or real(*given))
+    monkeypatch.setattr(
+        dino, "teacher_probabilities", lambda *given, **how: made.append(given[2]) or real(*given, **how)
+    )
     objective, built, views = build([RESNET, VIT])
     list(objective.losses(built, views, 40))  # all temperatures are the same by then
     assert len(made) == 4  # two heads of two branches
