@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mokd import prototype_blocks, prototype_native
-from mokd.huge_pages import empty
 from mokd.losses import Cut, Target, at_least_fp32
 from mokd.prototypes import HeadOutput, PrototypeWeight, logits_in, product, product_types
+from mokd.scratch import empty
 
 # Logits per block: on a CPU few enough for the last-level cache, but not fewer, or threads meet too often; on a GPU
 _CPU_BLOCK_BYTES_PER_THREAD = 2560 << 10

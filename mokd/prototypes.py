@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mokd.huge_pages import empty
+from mokd.scratch import empty
 
 _BLOCK_ROWS = 4096  # prototypes per block where logits are only written; their weight then fits a core's cache
 _EPS = 1e-12  # of the norm

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mokd import huge_pages, prototype_blocks, prototype_native
+from mokd import prototype_blocks, prototype_native
 from mokd import prototype_loss as module
 from mokd.losses import Target, entropy
 from mokd.prototype_loss import distillation_loss, prototype_loss
@@ -278,10 +278,3 @@ def test_uniform_student_against_any_target_costs_ln_k() -> None:
 def test_entropy_of_uniform_and_of_certain() -> None:
     assert entropy(torch.full((2, 8), 1 / 8)).item() == pytest.approx(math.log(8))
     assert entropy(torch.eye(4)).item() == 0.0
-
-
-def test_large_tensors_are_tensors_like_others() -> None:
-    size = huge_pages._WORTHWHILE_BYTES // 4 + 1000
-    large = huge_pages.empty([size], torch.float32, torch.device("cpu")).fill_(1.5)
-    assert large.shape == (size,)
-    assert large.sum().item() == 1.5 * size
