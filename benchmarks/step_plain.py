@@ -32,6 +32,9 @@ class PlainStep:
         self.pair, self.config = pair, pair.config
         count, prototypes = len(pair.branches), self.config.objective.prototypes
         device = pair.device
+        for network in (network for branch in pair.branches for network in (branch.student, branch.teacher)):
+            network.backbone.channels_last = False
+            network.backbone.to(memory_format=torch.contiguous_format)
         # one centre per loss: self MLP, self T-Head, and the cross MLP of every ordered pair of branches
         self.self_centers = [[torch.zeros(prototypes, device=device) for _ in range(2)] for _ in range(count)]
         self.cross_centers = {

@@ -216,7 +216,7 @@ class PrecisionConfig(StrictModel):
         Literal["fp32", "bf16", "fp16"], Field(description="fp16 scales every branch's loss by itself")
     ] = "fp32"
     tf32: Annotated[bool, Field(description="GPUs: fp32 products in TensorFloat-32")] = True
-    channels_last: Annotated[bool, Field(description="GPUs: convolutional backbones in NHWC memory order")] = True
+    channels_last: Annotated[bool, Field(description="convolutional backbones in NHWC memory order")] = True
 
 
 class ParallelConfig(StrictModel):

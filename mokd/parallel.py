@@ -49,7 +49,7 @@ def parallelise(
     if branch.config.activation_checkpointing:
         recompute_blocks(branch.student.backbone, f"branches.{branch.name}")
     branch.loss_scale = LossScale() if precision.compute == "fp16" else None
-    if device.type == "cuda" and precision.channels_last:
+    if precision.channels_last:
         _use_channels_last(branch, weights_too=config.strategy == "ddp")
     if not dist.is_initialized() or dist.get_world_size() == 1:
         branch.student.to(device)
@@ -66,7 +66,10 @@ def parallelise(
 
 
 def _use_channels_last(branch: Branch, *, weights_too: bool) -> None:
-    """Convolutional backbones in NHWC order, which is that of GPUs' tensor cores; FSDP cannot split such weights."""
+    """Convolutional backbones in NHWC order, which is that of GPUs' tensor cores and of CPUs' vectors.
+
+    FSDP cannot split such weights.
+    """
     for network in (branch.student, branch.teacher):
         backbone = network.backbone
         backbone.channels_last = not backbone.is_sequence
