@@ -10,9 +10,13 @@ import typer
 from data_pipeline.schema import dump_yaml
 from launcher.console import find_config, messages, print_json, print_table
 from mokd.config import RunConfig, load_config
+from mokd.solo import load_run_config
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Solo = Annotated[
+    str | None, typer.Option(metavar="BRANCH", help="train this branch alone, everything else equal: its baseline")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +42,7 @@ def config(
 def train(
     config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
     overrides: Overrides = None,
+    solo: Solo = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run if it exists")] = False,
     root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
@@ -49,7 +54,7 @@ def train(
     from mokd.run_directory import EXIT_STOPPED
     from mokd.start import train as start
 
-    resolved = load_config(find_config(config), overrides or [])
+    resolved = load_run_config(find_config(config), overrides or [], solo)
     run, status = start(resolved, root, resume=resume, nproc=nproc)
     if status == 0:
         _show_progress(run.path, resolved)

@@ -3,7 +3,7 @@
 `checkpoints/step-<n>/` holds one safetensors file per branch and one for the objective (no pickles), `state.json` with
 the scalars, and `checksums.json`, which is written last. The directory is filled beside its place, made durable and
 renamed; `latest` names the newest. A random state is not in it because none is carried from step to step: what is drawn
-is a function of (seed, step).
+is a function of (seed, step, branch).
 """
 
 from __future__ import annotations

@@ -136,8 +136,12 @@ class DinoConfig(ObjectiveConfig):
         return self
 
     def check_run(self, run: RunConfig) -> None:
-        """ValueError when the search has no local views to search for."""
-        if self.terms.cross_search and len(run.branches) > 1 and not run.views.local_crops.count:
+        """ValueError when no term is left, or the search has no local views to search for."""
+        on, alone = self.terms, len(run.branches) == 1
+        if not (on.self_mlp or on.self_thead) and (alone or not (on.cross_mlp or on.cross_search)):
+            what = "a branch alone has the self terms only, and both are off" if alone else "all four are off"
+            raise ValueError(f"objective.terms: {what}; nothing is left to learn from")
+        if on.cross_search and not alone and not run.views.local_crops.count:
             raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
 
 
