@@ -34,7 +34,7 @@ def build_loader(
     """
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} of {world_size}: ranks count from 0")
-    _check_path(data.train, data.backend)
+    check_path(data.train, data.backend)
     warn_workers(data.workers)
     arguments: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size, "global_batch": global_batch}
     arguments |= {"device": torch.device(device), "dtype": dtype}
@@ -69,7 +69,7 @@ def build_eval_loader(
     """
     if crop_px > resize_px:
         raise UserError(f"evaluation: a crop of {crop_px} pixels cannot be cut from images resized to {resize_px}")
-    _check_path(path, backend)
+    check_path(path, backend)
     warn_workers(workers)
     if backend == "torchvision":
         from data_pipeline.torchvision_loader import torchvision_eval_batches as batches
@@ -87,7 +87,8 @@ def warn_workers(workers: int) -> None:
         warnings.warn(f"data.workers: {workers} workers share {cores} cores of this process", stacklevel=3)
 
 
-def _check_path(path: Path, backend: Backend) -> None:
+def check_path(path: Path, backend: Backend) -> None:
+    """UserError when there is nothing at `path` that the backend could read."""
     if not path.exists():
         raise UserError(f"{path}: no such file; make a beton with: mokd convert IMAGE_FOLDER {path}")
     if path.is_dir() and backend == "ffcv":
@@ -99,5 +100,5 @@ def count_samples(path: Path, backend: Backend) -> int:
     """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
     from data_pipeline.samples import open_samples
 
-    _check_path(path, backend)
+    check_path(path, backend)
     return open_samples(path).size

@@ -1,4 +1,4 @@
-"""`mokd config`, `mokd train` and `mokd eval`."""
+"""`mokd config` and `mokd train`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ def register(app: typer.Typer) -> None:
     """Adds the commands around one run."""
     app.command(epilog="Example: mokd config vit_s_resnet50.yaml optim.epochs=5")(config)
     app.command(epilog="Example: mokd train configs/demo.yaml --nproc 2 optim.epochs=3")(train)
-    app.command(name="eval", epilog="Example: mokd eval runs/demo --task knn --json")(evaluate)
 
 
 def config(
@@ -61,27 +60,6 @@ def train(
     elif status == EXIT_STOPPED:
         messages.print("stopped at a step boundary; the same command with --resume continues there")
     raise typer.Exit(status)
-
-
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
-    task: Annotated[str, typer.Option(help="what to evaluate: knn")] = "knn",
-    train: Annotated[Path | None, typer.Option(help="labelled beton; default: the config's evaluation.train")] = None,
-    test: Annotated[Path | None, typer.Option(help="labelled beton; default: the config's evaluation.test")] = None,
-    network: Annotated[str, typer.Option(help="teacher or student")] = "teacher",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Evaluate every branch of a run at its newest checkpoint."""
-    from mokd.evaluation.saved import evaluate_run
-
-    results = evaluate_run(run, task=task, network=network, train=train, test=test, overrides=overrides or [])
-    if as_json:
-        print_json({"results": results})
-        return
-    columns = ["branch", "network", "task", "k", "top1", "top5"]
-    rows = [[f"{r[c]:.2f}" if c.startswith("top") else str(r[c]) for c in columns] for r in results]
-    print_table(f"{run} at step {results[0]['step']}, accuracy in %", columns, rows)
 
 
 def _show_progress(path: Path, config: RunConfig) -> None:
