@@ -39,11 +39,13 @@ def compare(
 
     Runs that differ by their seed only belong together; the intervals then cover seeds as well as test images.
     """
+    from mokd.comparison import Run
     from mokd.gain import compare as compare_runs
 
     if plot is not None and not plot.absolute().parent.is_dir():
         raise UserError(f"--plot {plot}: no such folder")
-    comparison = compare_runs([find_run(run) for run in runs], task=task, network=network, force=force)
+    opened = [Run.open(find_run(run)) for run in runs]
+    comparison = compare_runs(opened, task=task, network=network, force=force)
     for remark in comparison.remarks:
         messages.print(f"warning: {remark}", markup=False)
     if plot is not None:

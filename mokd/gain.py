@@ -58,13 +58,13 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path], *, task: str, network: str, force: bool = False, resamples: int = RESAMPLES
+    runs: Sequence[Run], *, task: str, network: str, force: bool = False, resamples: int = RESAMPLES
 ) -> Comparison:
-    """The gain of every branch of every pair among the runs at `paths`.
+    """The gain of every branch of every pair among `runs`.
 
     UserError in one line for runs that do not belong together or have not been evaluated.
     """
-    methods, remarks = group([Run.open(path) for path in paths], force=force)
+    methods, remarks = group(runs, force=force)
     evaluations: dict[Path, Evaluation] = {}
     for method in methods:
         for side in (method.pair, *method.solo.values()):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from mokd.comparison import Run
 from mokd.evaluation import results
 from mokd.evaluation.results import Evaluation
 from mokd.gain import compare, knn_curve
@@ -69,6 +70,10 @@ def whole(write: Write, **changes: Any) -> list[Path]:
     return [write(branch=branch, **{"name": "pair", **changes}) for branch in (None, "resnet", "vit")]
 
 
+def opened(paths: list[Path]) -> list[Run]:
+    return [Run.open(path) for path in paths]
+
+
 def test_the_command_prints_json_and_draws(write: Write, tmp_path: Path) -> None:
     runs = whole(write)
     picture = tmp_path / "gain.png"
@@ -107,7 +112,7 @@ def test_several_seeds_and_objectives(write: Write, tmp_path: Path) -> None:
     for seed, shift in ((0, 0.0), (1, 0.1), (2, -0.1)):
         runs += whole(write, name=f"dino-{seed}", seed=seed, shift=shift)
     runs += whole(write, name="con", seed=0, **CONTRASTIVE)
-    found = compare(runs, task="knn", network="teacher", resamples=2000)
+    found = compare(opened(runs), task="knn", network="teacher", resamples=2000)
     assert [method.label for method in found.methods] == ["dino", "contrastive"]
     dino, contrastive = (method.branches["resnet"] for method in found.methods)
     assert dino.gain.pair == pytest.approx(55.0)
@@ -137,23 +142,23 @@ def test_what_is_not_on_record_is_answered_with_the_command(write: Write, tmp_pa
     assert "Traceback" not in done.stderr
     assert mokd("compare", *runs, "--plot", tmp_path / "none" / "x.png").returncode == 2
     with pytest.raises(UserError, match=f"mokd eval {runs[0]} --task knn --network student"):
-        compare(runs, task="knn", network="student")
+        compare(opened(runs), task="knn", network="student")
     evaluate(runs[0], STEP, {"resnet": 0.5})
     with pytest.raises(UserError, match="knn on record, but not of vit"):
-        compare(runs, task="knn", network="teacher")
+        compare(opened(runs), task="knn", network="teacher")
 
 
 def test_other_test_images_and_other_steps_are_refused(write: Write) -> None:
     runs = whole(write)
     evaluate(runs[2], STEP, {"vit": 0.6}, images=900)
     with pytest.raises(UserError, match=r"tested on test.beton \(900 images\)") as caught:
-        compare(runs, task="knn", network="teacher", force=True)
+        compare(opened(runs), task="knn", network="teacher", force=True)
     assert "evaluate all on the same" in str(caught.value)
     evaluate(runs[2], STEP, {"vit": 0.6})
     evaluate(runs[2], STEP + 1, {"vit": 0.6})
     with pytest.raises(UserError, match=r"evaluated at step 16, .* at step 15"):
-        compare(runs, task="knn", network="teacher")
-    found = compare(runs, task="knn", network="teacher", force=True)
+        compare(opened(runs), task="knn", network="teacher")
+    found = compare(opened(runs), task="knn", network="teacher", force=True)
     assert len(found.remarks) == 1
 
 
