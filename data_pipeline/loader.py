@@ -13,6 +13,7 @@ from data_pipeline.batch import MultiCropLoader
 from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.errors import UserError
 from data_pipeline.eval_loader import EvalLoader
+from data_pipeline.order import Int64Array
 
 Backend = Literal["ffcv", "torchvision"]
 
@@ -27,8 +28,11 @@ def build_loader(
     global_batch: int,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    ids: Int64Array | None = None,
 ) -> MultiCropLoader:
     """The training loader of one rank. `data.train` is a beton; for backend torchvision it may be an image folder.
+
+    ids: the samples to use, instead of those that `data.limit` keeps.
 
     Raises UserError when the data cannot be read as asked.
     """
@@ -37,7 +41,7 @@ def build_loader(
     check_path(data.train, data.backend)
     warn_workers(data.workers)
     arguments: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size, "global_batch": global_batch}
-    arguments |= {"device": torch.device(device), "dtype": dtype}
+    arguments |= {"device": torch.device(device), "dtype": dtype, "ids": ids}
     # the backends are imported here: the reference one works without FFCV and the native library
     if data.backend == "torchvision":
         from data_pipeline.torchvision_loader import TorchvisionLoader

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a file of weights")],
     task: Annotated[str, typer.Option(help="knn, linear, semi or transfer")] = "knn",
     network: Annotated[str, typer.Option(help="teacher, student, or scratch: as before any training")] = "teacher",
     branch: Annotated[list[str] | None, typer.Option(help="only this branch; may be repeated")] = None,
@@ -28,10 +28,16 @@ def evaluate(
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
     name: Annotated[str | None, typer.Option(help="name of the result; default: the task's")] = None,
     again: Annotated[bool, typer.Option("--again", help="compute even what is known")] = False,
+    backbone: Annotated[str | None, typer.Option(help="timm name of the network that a file is of")] = None,
+    stem: Annotated[str, typer.Option(help="default or cifar, for a file")] = "default",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Evaluate every branch of a run at its newest checkpoint; the results are kept in RUN/eval/."""
+    """Evaluate every branch of a run at its newest checkpoint, or the weights in a file.
+
+    Results are kept in RUN/eval/ (FILE.eval/) and computed again only when something that they follow from has changed.
+    A call that was cut off continues.
+    """
     from mokd.evaluation.job import Request
     from mokd.evaluation.start import evaluate as start
 
@@ -45,6 +51,8 @@ def evaluate(
         overrides=tuple(overrides or ()),
         name=name,
         again=again,
+        backbone=backbone,
+        stem=stem,
     )
     evaluation, status = start(request, nproc)
     if evaluation is None:

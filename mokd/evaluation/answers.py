@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.results import Int64Array, accuracy
 
 
@@ -20,10 +21,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All settings of a task. The headline is the answer at `preferred`, without it the most accurate one."""
+    """All settings of a task. The headline is the answer at `preferred`, without it the most accurate one.
+
+    states: what was kept for a call again and is of no use once the outcome is written.
+    """
 
     answers: list[Answer]
     preferred: int | None = None
+    states: list[KeptState] = field(default_factory=list)
 
     def headline(self, labels: Int64Array) -> int:
         """Which answer stands for the network."""

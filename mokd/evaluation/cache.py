@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,11 @@ LEFTOVER_SECONDS = 24 * 3600.0
 IN_MEMORY_BYTES = 2 << 30
 
 
-class CachedFeatures:
-    """Features `[N, D]` in fp32, in the data set's order; large ones stay on disk and are mapped into memory."""
+class Features:
+    """Features `[N, D]` in fp32, in the data set's order, as arrays of consecutive rows."""
 
-    def __init__(self, directory: Path) -> None:
-        files = (read_json(directory / "index.json") or {})["files"]
-        order = sorted(files, key=lambda name: files[name]["first_row"])
-        self._parts: list[NDArray[np.float32]] = [np.load(directory / name, mmap_mode="r") for name in order]
-        if sum(part.nbytes for part in self._parts) <= IN_MEMORY_BYTES:
-            self._parts = [np.concatenate(self._parts)]
+    def __init__(self, parts: Sequence[NDArray[np.float32]]) -> None:
+        self._parts = parts
         self._ends = np.cumsum([len(part) for part in self._parts])
         self.size, self.width = int(self._ends[-1]), self._parts[0].shape[1]
 
@@ -60,6 +56,14 @@ class CachedFeatures:
         """Rows `low` to `high` in blocks, each with the number of its first row."""
         for start in range(low, high, size):
             yield start, self.take(np.arange(start, min(start + size, high)))
+
+
+def open_features(directory: Path) -> Features:
+    """The features in a directory that is whole; large ones stay on the disk and are mapped into memory."""
+    files = (read_json(directory / "index.json") or {})["files"]
+    order = sorted(files, key=lambda name: files[name]["first_row"])
+    parts = [np.load(directory / name, mmap_mode="r") for name in order]
+    return Features([np.concatenate(parts)] if sum(part.nbytes for part in parts) <= IN_MEMORY_BYTES else parts)
 
 
 def is_whole(directory: Path) -> bool:
@@ -138,12 +142,15 @@ class CacheWriter:
             shutil.rmtree(self._beside, ignore_errors=True)
 
 
-def prune(folder: Path, step: int) -> None:
-    """Removes the features of other steps than `step`, and what evaluations that were cut off a day ago have left."""
+def prune(folder: Path, step: int, slots: Collection[str]) -> None:
+    """Removes the features of other steps than `step` and those whose `slot` is about to be filled anew, and what
+    evaluations that were cut off a day ago have left.
+    """
     for path in folder.glob("*"):
         index = read_json(path / "index.json")
         hidden = path.name.startswith(".")
         if hidden and time.time() - path.stat().st_mtime < LEFTOVER_SECONDS:
             continue
-        if hidden or not isinstance(index, dict) or index.get("step") != step:
+        current = isinstance(index, dict) and index.get("step") == step and index.get("slot") not in slots
+        if hidden or not current:
             shutil.rmtree(path, ignore_errors=True)

@@ -22,6 +22,8 @@ from mokd.distributed import Ranks
 from mokd.evaluation.data import LabelledSet
 
 Read = Callable[[Backbone, Tensor], Tensor]
+# a way to read a network, with its name
+Reading = tuple[str, Read]
 
 
 def pooled(backbone: Backbone, images: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def class_tokens(backbone: Backbone, images: Tensor, *, blocks: int) -> Tensor:
     return torch.cat([prefix[:, 0] for _, prefix in parts], dim=-1)
 
 
-def reader(backbone: Backbone, last_blocks: int) -> tuple[str, Read]:
+def probe_reading(backbone: Backbone, last_blocks: int) -> Reading:
     """How a linear probe reads a backbone, and that way's name: class tokens of a transformer, else what is pooled."""
     depth = len(getattr(backbone.net, "blocks", ()))
     if not (depth and getattr(backbone.net, "has_class_token", False)):

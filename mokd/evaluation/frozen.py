@@ -1,4 +1,4 @@
-"""Tasks on frozen features: one pass over the images for all networks, kept on disk, then k-NN or linear probes."""
+"""Tasks on frozen features: one pass over the images for all networks, kept on disk; and the k-NN on them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from mokd.config import RunConfig
 from mokd.distributed import Ranks, broadcast_from_main
 from mokd.evaluation import knn
 from mokd.evaluation.answers import Answer, Outcome
-from mokd.evaluation.cache import CachedFeatures, CacheWriter, is_whole, prune
+from mokd.evaluation.cache import CacheWriter, Features, is_whole, open_features, prune
 from mokd.evaluation.data import LabelledSet
-from mokd.evaluation.features import Read, check_finite, eval_loader, extract, pooled
+from mokd.evaluation.features import Reading, check_finite, eval_loader, extract, pooled
 from mokd.evaluation.subjects import Subject, digest
-
-# a way to read a network, with its name
-Reading = tuple[str, Read]
 
 
 def features_of(
@@ -29,16 +26,21 @@ def features_of(
     ranks: Ranks,
     device: torch.device,
     directory: Path,
-) -> list[CachedFeatures]:
+) -> list[Features]:
     """Features of a data set by several networks, from the cache or computed in one pass over the images."""
     folder = directory / "features"
     what = [_what(subject, name, data, config) for subject, (name, _) in zip(subjects, readings, strict=True)]
+    # what takes the place of features of the same name when a setting, or the data, has changed
+    slots = [
+        digest(name=subject.name, network=subject.network, reading=name, data=data.path, limit=data.limit)
+        for subject, (name, _) in zip(subjects, readings, strict=True)
+    ]
     places = [folder / digest(**entry) for entry in what]
     whole = broadcast_from_main([is_whole(place) for place in places] if ranks.is_main else [])
     missing = [i for i, found in enumerate(whole) if not found]
     if missing:
         if ranks.is_main:
-            prune(folder, subjects[0].step)
+            prune(folder, subjects[0].step, [slots[i] for i in missing])
         writers = [CacheWriter(places[i], data.part(ranks.rank, ranks.world_size)[0], ranks) for i in missing]
         backbones = [subjects[i].load().to(device) for i in missing]
         reads = [readings[i][1] for i in missing]
@@ -53,8 +55,8 @@ def features_of(
                 writer.discard()
             raise
         for i, writer in zip(missing, writers, strict=True):
-            writer.publish({"step": subjects[i].step, "network": subjects[i].network, **what[i]})
-    return [CachedFeatures(place) for place in places]
+            writer.publish({"step": subjects[i].step, "slot": slots[i], **what[i]})
+    return [open_features(place) for place in places]
 
 
 def _what(subject: Subject, reading: str, data: LabelledSet, config: RunConfig) -> dict[str, object]:

@@ -5,6 +5,7 @@ Every rank prepares the same job and performs it together with the others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from mokd.distributed import Ranks, broadcast_from_main
 from mokd.evaluation import results, tasks
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.results import Evaluation
-from mokd.evaluation.subjects import NETWORKS, Subject, chosen, digest, from_run
+from mokd.evaluation.subjects import NETWORKS, Subject, chosen, digest, from_file, from_run
 from mokd.run_directory import RunDirectory
 
 
@@ -27,8 +28,8 @@ from mokd.run_directory import RunDirectory
 class Request:
     """The arguments of `mokd eval`.
 
-    source: a run directory. branches: all without any. name: of the result, by default the task's. again: even where
-    the result is known.
+    source: a run directory, or a file of weights, which needs `backbone` and takes `stem`. branches: all without any.
+    name: of the result, by default the task's. again: even where the result is known.
     """
 
     source: Path
@@ -40,6 +41,8 @@ class Request:
     overrides: tuple[str, ...] = ()
     name: str | None = None
     again: bool = False
+    backbone: str | None = None
+    stem: str = "default"
 
     def to_json(self) -> dict[str, Any]:
         """For another process of the same job."""
@@ -78,12 +81,15 @@ def prepare(request: Request) -> Job:
     """All checks that need no network. UserError for what cannot work."""
     _one_of("--task", request.task, tasks.TASKS)
     _one_of("--network", request.network, NETWORKS)
-    run = RunDirectory.open(request.source)
-    raw = schema.apply_overrides(schema.read_yaml(run.config_file), request.overrides)
+    from_weights = request.source.is_file()
+    run = RunDirectory(request.source) if from_weights else RunDirectory.open(request.source)
+    raw = _config_for_weights(request) if from_weights else schema.read_yaml(run.config_file)
+    raw = schema.apply_overrides(raw, request.overrides)
     tasks.place_data(raw, request.task, request.train, request.test)
-    config = schema.validate(RunConfig, raw, str(run.config_file))
+    config = schema.validate(RunConfig, raw, str(request.source if from_weights else run.config_file))
     train, test = tasks.open_data(config, request.task)
-    subjects = from_run(run, config, request.network)
+    subjects = from_file(request.source, config) if from_weights else from_run(run, config, request.network)
+    directory = request.source.with_name(request.source.name + ".eval") if from_weights else run.evaluations
     settings = tasks.settings(config, request.task)
     fingerprints = {
         subject.name: digest(
@@ -95,7 +101,20 @@ def prepare(request: Request) -> Job:
         for subject in subjects
     }
     wanted = chosen(subjects, request.branches)
-    return Job(request, config, run.evaluations, subjects, wanted, train, test, fingerprints)
+    return Job(request, config, directory, subjects, wanted, train, test, fingerprints)
+
+
+def _config_for_weights(request: Request) -> dict[str, Any]:
+    """A configuration of one branch, for a file: of a run that never trains."""
+    if request.backbone is None:
+        raise UserError(f"{request.source}: is a file; say which network its weights are of with --backbone TIMM_NAME")
+    branch = {
+        "name": re.sub(r"[^A-Za-z0-9_-]", "_", f"{request.backbone}"),
+        "backbone": request.backbone,
+        "stem": request.stem,
+        "optimizer": {"kind": "sgd", "lr": 0.0},
+    }
+    return {"name": "weights", "data": {"train": str(request.train)}, "branches": [branch]}
 
 
 def perform(job: Job, ranks: Ranks, device: torch.device) -> Evaluation:
@@ -114,6 +133,8 @@ def perform(job: Job, ranks: Ranks, device: torch.device) -> Evaluation:
             evaluation = results.merged(evaluation, old, known, order)
         if ranks.is_main:
             results.write(job.path, evaluation)
+        for state in (state for part in parts for state in part.states):
+            state.remove()
     assert evaluation is not None
     return evaluation
 

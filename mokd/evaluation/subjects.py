@@ -90,6 +90,7 @@ def from_file(path: Path, config: RunConfig) -> list[Subject]:
         load_weights(backbone, path, f"'{branch.backbone}'")
         return backbone
 
+    build(0.0, 1)  # a file that does not fit is refused now
     identity = _identity(branch, config, weights=file_checksum(path))
     return [Subject(branch.name, "weights", 0, str(path), identity, build)]
 

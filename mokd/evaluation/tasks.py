@@ -11,16 +11,20 @@ import torch
 from mokd.config import RunConfig
 from mokd.distributed import Ranks
 from mokd.evaluation.answers import Outcome
-from mokd.evaluation.data import LabelledSet, check_neighbours, open_pair
+from mokd.evaluation.data import LabelledSet, check_neighbours, check_pair, open_labelled, open_pair
+from mokd.evaluation.finetune import finetune_task
 from mokd.evaluation.frozen import knn_task
+from mokd.evaluation.linear_task import linear_task
 from mokd.evaluation.subjects import Subject
 
-TASKS = ("knn",)
+TASKS = ("knn", "linear", "semi", "transfer")
 
 
 def place_data(raw: dict[str, Any], task: str, train: Path | None, test: Path | None) -> None:
     """Puts the data sets that a command was given where the configuration has those of a task."""
     section = raw.setdefault("evaluation", {})
+    if task == "transfer":
+        section = section.setdefault("transfer", {})
     for key, path in (("train", train), ("test", test)):
         if path is not None:
             section[key] = str(path)
@@ -28,9 +32,15 @@ def place_data(raw: dict[str, Any], task: str, train: Path | None, test: Path | 
 
 def open_data(config: RunConfig, task: str) -> tuple[LabelledSet, LabelledSet]:
     """The training and test set of a task, checked."""
-    train, test = open_pair(config.evaluation, config.data.backend)
+    section, backend = config.evaluation, config.data.backend
+    if task == "transfer":
+        train = open_labelled("evaluation.transfer.train", section.transfer.train, backend)
+        test = open_labelled("evaluation.transfer.test", section.transfer.test, backend)
+        check_pair(train, test)
+        return train, test
+    train, test = open_pair(section, backend)
     if task == "knn":
-        check_neighbours(config.evaluation.knn.k, train)
+        check_neighbours(section.knn.k, train)
     return train, test
 
 
@@ -38,7 +48,11 @@ def settings(config: RunConfig, task: str) -> dict[str, Any]:
     """What a task's results follow from, beside weights and data."""
     section = config.evaluation.model_dump(mode="json")
     images = config.views.model_dump(mode="json", include={"mean", "std"})
-    return {**images, **{key: section[key] for key in ("resize_px", "crop_px", task)}}
+    keys = ["resize_px", "crop_px", task]
+    if task != "knn":
+        keys.append("area_scale")
+        images["seed"] = config.seed
+    return {**images, **{key: section[key] for key in keys}}
 
 
 def run(
@@ -52,4 +66,12 @@ def run(
     directory: Path,
 ) -> list[Outcome]:
     """Carries a task out for several networks; all ranks call it. `directory` is where features and states are kept."""
-    return knn_task(subjects, train, test, config, ranks, device, directory)
+    arguments = (subjects, train, test, config, ranks, device, directory)
+    section = config.evaluation
+    if task == "knn":
+        return knn_task(*arguments)
+    if task == "linear":
+        return linear_task(*arguments)
+    if task == "semi":
+        return finetune_task(*arguments, section=section.semi, fractions=section.semi.fractions)
+    return finetune_task(*arguments, section=section.transfer, fractions=(1.0,))
