@@ -27,6 +27,7 @@ _IRRELEVANT = (
     "data.batch_timeout_seconds",
     "evaluation.every_epochs",
     "evaluation.batch",
+    "evaluation.probe_images",
 )
 _IRRELEVANT_OF_BRANCH = ("activation_checkpointing",)
 # what has a meaning only in company

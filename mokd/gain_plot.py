@@ -90,7 +90,7 @@ def _curves(axes: Any, methods: Sequence[MethodGain], branch: str) -> None:
             solo_drawn.append(found.solo_curves)
     axes.set_title(f"{branch}: k-NN while training", fontsize=10, loc="left")
     axes.set_xlabel("step")
-    axes.set_ylabel("top-1 (%)")
+    axes.set_ylabel("top-1 (%), best k")
 
 
 def _curve(axes: Any, by_seed: dict[int, Any], colour: str, label: str, style: str) -> None:

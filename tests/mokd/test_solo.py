@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.schema import dump_yaml
+from mokd import state
 from mokd.config import RunConfig
 from mokd.distributed import Ranks
 from mokd.run_directory import RunDirectory
@@ -66,6 +67,32 @@ def test_the_first_step_alone_is_that_in_company_without_the_cross_terms(
         # centres and banks are the branch's own
         memory = [t.objective.state_tensors() for t in (together, single)]
         assert all(torch.equal(memory[0][key], value) for key, value in memory[1].items())
+
+
+CROSSLESS = {"objective__terms": {"cross_mlp": False, "cross_search": False}}
+
+
+@pytest.mark.parametrize("changes", [CROSSLESS, {**CONTRASTIVE, "objective__cross_weight": 0.0}])
+def test_a_pair_without_cross_terms_is_its_solo_baselines_to_the_bit(
+    changes: dict[str, Any], beton: Path, tmp_path: Path
+) -> None:
+    pair = tiny_config(beton, branches=[DEEP_RESNET, DEEP_VIT], optim__freeze_last_layer_epochs=0, **changes)
+    configs = [pair, solo(pair, "resnet"), solo(pair, "vit")]
+    states: dict[str, list[dict[str, torch.Tensor]]] = {"resnet": [], "vit": []}
+    with ExitStack() as stack:
+        for config in configs:
+            built = trainer(config, tmp_path, stack)
+            for step, batch in enumerate(built.loader.epoch(0, 0)):
+                built.training_step.run(step, batch.views, 0)
+            assert step == 4
+            for name, tensors in state.collect(built.branches, built.objective, main=True).items():
+                if name != state.OBJECTIVE_FILE:
+                    states[name.removeprefix("branch-")].append(tensors)
+    for name, (together, single) in states.items():
+        assert together.keys() == single.keys()
+        different = [key for key in together if not torch.equal(together[key], single[key])]
+        assert different == [], name
+        assert any(key.startswith("optimizer.") for key in together)
 
 
 def test_a_branch_draws_the_same_wherever_it_stands(beton: Path, tmp_path: Path) -> None:
