@@ -58,11 +58,6 @@ class Pair:
         return cosine(step, self.config.optim.epochs * EPOCH_STEPS, *self.config.optim.teacher_momentum)
 
 
-def seed_step(config: RunConfig, step: int) -> None:
-    """As training does it: stochastic depth draws the same in both contenders."""
-    torch.manual_seed(derive_seed(config.seed, "step", step))
-
-
 class OurStep:
     """The step of training, without a loader and without files; `clock` hears of its phases."""
 

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.step_ours import Pair, seed_step
+from benchmarks.step_ours import Pair
 from mokd.backbones import Features
 from mokd.branch import Branch
 from mokd.network import Network
 from mokd.prototypes import Prototypes
 from mokd.schedules import teacher_temperature
+from mokd.training_step import seed_branch
 
 
 class PlainStep:
@@ -44,10 +45,9 @@ class PlainStep:
 
     def __call__(self, views: Sequence[Tensor], step: int) -> list[dict[str, float]]:
         """One step; every term of every branch."""
-        seed_step(self.config, step)
         branches = self.pair.branches
         with self.pair.autocast():
-            students = [self._outputs(branch.student, views) for branch in branches]
+            students = [self._student(branch, views, step) for branch in branches]
             with torch.no_grad():
                 teachers = [self._outputs(branch.teacher, views[:1]) for branch in branches]
             losses = [self._terms(i, students, teachers) for i in range(len(branches))]
@@ -67,6 +67,10 @@ class PlainStep:
             optimizer.zero_grad()
             _average(branch, self.pair.momentum(step))
         return read
+
+    def _student(self, branch: Branch, views: Sequence[Tensor], step: int) -> dict[str, Any]:
+        seed_branch(self.config.seed, step, branch.name)  # stochastic depth draws the same in both contenders
+        return self._outputs(branch.student, views)
 
     def _outputs(self, network: Network, views: Sequence[Tensor]) -> dict[str, Any]:
         batch = views[0].shape[1]

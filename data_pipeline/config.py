@@ -68,8 +68,6 @@ class ViewsConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> ViewsConfig:
-        if self.global_crops.count < 2:
-            raise ValueError("global_crops.count: the method needs at least 2 global views")
         low, high = self.aspect_ratio
         if not 0.0 < low <= high:
             raise ValueError("aspect_ratio: expected 0 < low <= high")

@@ -35,12 +35,13 @@ class FfcvLoader:
         global_batch: int,
         device: torch.device,
         dtype: torch.dtype,
+        ids: Int64Array | None = None,
     ) -> None:
         check_views(views)
         self._data, self._views, self._seed = data, views, seed
         self._rank, self._world_size, self._global_batch = rank, world_size, global_batch
         self._beton = open_beton(data.train)
-        self._ids = subset(self._beton.size, data.limit)
+        self._ids = subset(self._beton.size, data.limit) if ids is None else ids
         self.dataset_size = len(self._ids)
         self.steps_per_epoch = len(self._rank_batches(0))
         self._engine = Engine(data.workers)

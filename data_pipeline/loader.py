@@ -13,6 +13,7 @@ from data_pipeline.batch import MultiCropLoader
 from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.errors import UserError
 from data_pipeline.eval_loader import EvalLoader
+from data_pipeline.order import Int64Array
 
 Backend = Literal["ffcv", "torchvision"]
 
@@ -27,17 +28,20 @@ def build_loader(
     global_batch: int,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    ids: Int64Array | None = None,
 ) -> MultiCropLoader:
     """The training loader of one rank. `data.train` is a beton; for backend torchvision it may be an image folder.
+
+    ids: the samples to use, instead of those that `data.limit` keeps.
 
     Raises UserError when the data cannot be read as asked.
     """
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} of {world_size}: ranks count from 0")
-    _check_path(data.train, data.backend)
+    check_path(data.train, data.backend)
     warn_workers(data.workers)
     arguments: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size, "global_batch": global_batch}
-    arguments |= {"device": torch.device(device), "dtype": dtype}
+    arguments |= {"device": torch.device(device), "dtype": dtype, "ids": ids}
     # the backends are imported here: the reference one works without FFCV and the native library
     if data.backend == "torchvision":
         from data_pipeline.torchvision_loader import TorchvisionLoader
@@ -69,7 +73,7 @@ def build_eval_loader(
     """
     if crop_px > resize_px:
         raise UserError(f"evaluation: a crop of {crop_px} pixels cannot be cut from images resized to {resize_px}")
-    _check_path(path, backend)
+    check_path(path, backend)
     warn_workers(workers)
     if backend == "torchvision":
         from data_pipeline.torchvision_loader import torchvision_eval_batches as batches
@@ -87,7 +91,8 @@ def warn_workers(workers: int) -> None:
         warnings.warn(f"data.workers: {workers} workers share {cores} cores of this process", stacklevel=3)
 
 
-def _check_path(path: Path, backend: Backend) -> None:
+def check_path(path: Path, backend: Backend) -> None:
+    """UserError when there is nothing at `path` that the backend could read."""
     if not path.exists():
         raise UserError(f"{path}: no such file; make a beton with: mokd convert IMAGE_FOLDER {path}")
     if path.is_dir() and backend == "ffcv":
@@ -99,5 +104,5 @@ def count_samples(path: Path, backend: Backend) -> int:
     """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
     from data_pipeline.samples import open_samples
 
-    _check_path(path, backend)
+    check_path(path, backend)
     return open_samples(path).size

@@ -16,6 +16,7 @@ OrderKind = Literal["permutation", "blocks"]
 BLOCK_SAMPLES = 64
 WINDOW_BLOCKS = 256
 _ORDER, _BLOCK, _SUBSET = 1, 2, 3
+_CLASS_SUBSET = 5
 
 
 def epoch_order(seed: int, epoch: int, size: int, kind: OrderKind = "permutation") -> Int64Array:
@@ -46,6 +47,19 @@ def subset(size: int, limit: int | None) -> Int64Array:
         return np.arange(size, dtype=np.int64)
     scatter = integers(key(0, 0, _SUBSET), np.arange(size, dtype=np.uint64))
     return np.sort(np.argsort(scatter, kind="stable")[:limit]).astype(np.int64)
+
+
+def class_subset(labels: Int64Array, fraction: float, seed: int) -> Int64Array:
+    """The ids of `fraction` of each class, at least one image of it, in data-set order: a function of its arguments.
+
+    labels: of all samples; -1 (none) counts as a class.
+    """
+    kept = []
+    for number, label in enumerate(np.unique(labels)):
+        members = np.flatnonzero(labels == label)
+        scatter = integers(key(seed, number, _CLASS_SUBSET), np.arange(len(members)))
+        kept.append(members[np.argsort(scatter, kind="stable")[: max(1, round(fraction * len(members)))]])
+    return np.sort(np.concatenate(kept)).astype(np.int64)
 
 
 def rank_batches(order: Int64Array, global_batch: int, rank: int, world_size: int) -> Int64Array:

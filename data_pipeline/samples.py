@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from PIL import Image
 from data_pipeline.beton import BetonInfo, open_beton
 from data_pipeline.errors import DataError
 from data_pipeline.images import Unusable, decode, upright_rgb
+from data_pipeline.manifest import manifest_path
 from data_pipeline.sources import list_images
 
 
@@ -20,7 +22,12 @@ class Samples(Protocol):
 
     size: int
     num_classes: int
+    classes: tuple[str, ...]
     labels: NDArray[np.int64]
+
+    def fingerprint(self) -> str:
+        """The same for the same images and labels in the same order, and for nothing else."""
+        ...
 
     def image(self, sample_id: int) -> Image.Image:
         """The sample as an upright RGB image. Raises DataError naming it when it cannot be decoded."""
@@ -33,6 +40,12 @@ class BetonSamples:
     def __init__(self, beton: BetonInfo) -> None:
         self.beton = beton
         self.size, self.num_classes, self.labels = beton.size, beton.num_classes, beton.labels
+        self.classes = beton.manifest.classes
+
+    def fingerprint(self) -> str:
+        """A digest of the manifest, which has the checksum of every sample."""
+        with open(manifest_path(self.beton.path), "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def image(self, sample_id: int) -> Image.Image:
         """The sample as stored, in RGB."""
@@ -55,8 +68,16 @@ class FolderSamples:
     def __init__(self, folder: Path) -> None:
         listing = list_images([folder])
         self._paths = listing.paths
-        self.size, self.num_classes = len(listing.paths), len(listing.classes)
+        self.size, self.num_classes, self.classes = len(listing.paths), len(listing.classes), listing.classes
         self.labels = np.asarray(listing.labels, np.int64)
+
+    def fingerprint(self) -> str:
+        """A digest of paths, labels, sizes and times of change; the images themselves are not read."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for path, label in zip(self._paths, self.labels.tolist(), strict=True):
+            state = path.stat()
+            digest.update(f"{path!s}\0{label}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def image(self, sample_id: int) -> Image.Image:
         """The image, upright and in RGB."""

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.counter import integers, key
 from data_pipeline.errors import UserError
 from data_pipeline.images import SUFFIXES
-
-_SUBSET = 5
+from data_pipeline.order import class_subset
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def list_images(sources: Sequence[Path], subset: float | None = None, seed: int 
     label = {name: i for i, name in enumerate(names)}
     found.sort(key=lambda item: -1 if item[0] is None else label[item[0]])  # stable: sources stay in order
     if subset is not None:
-        found = _subset(found, subset, seed)
+        found = _subset(found, label, subset, seed)
     paths = tuple(path for _, path in found)
     return Listing(paths, tuple(-1 if name is None else label[name] for name, _ in found), tuple(names))
 
@@ -72,15 +70,10 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def _subset(found: list[tuple[str | None, Path]], part: float, seed: int) -> list[tuple[str | None, Path]]:
+def _subset(
+    found: list[tuple[str | None, Path]], number: dict[str, int], part: float, seed: int
+) -> list[tuple[str | None, Path]]:
     if not 0.0 < part <= 1.0:
         raise UserError(f"subset {part}: expected a part of each class, above 0 and at most 1")
-    members: dict[str | None, list[int]] = {}
-    for index, (name, _) in enumerate(found):
-        members.setdefault(name, []).append(index)
-    keep: list[int] = []
-    for number, indices in enumerate(members.values()):
-        scatter = integers(key(seed, number, _SUBSET), np.arange(len(indices)))
-        chosen = np.argsort(scatter, kind="stable")[: max(1, round(part * len(indices)))]
-        keep += [indices[i] for i in chosen]
-    return [found[i] for i in sorted(keep)]
+    labels = np.asarray([-1 if name is None else number[name] for name, _ in found], np.int64)
+    return [found[i] for i in class_subset(labels, part, seed)]

@@ -125,11 +125,12 @@ class TorchvisionLoader:
         global_batch: int,
         device: torch.device,
         dtype: torch.dtype,
+        ids: Int64Array | None = None,
     ) -> None:
         self._data, self._views, self._seed, self._device, self._dtype = data, views, seed, device, dtype
         self._rank, self._world_size, self._global_batch = rank, world_size, global_batch
         self._samples = open_samples(data.train)
-        self._ids = subset(self._samples.size, data.limit)
+        self._ids = subset(self._samples.size, data.limit) if ids is None else ids
         self.dataset_size = len(self._ids)
         self.steps_per_epoch = len(self._rank_batches(0))
 

@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from data_pipeline.errors import DataError, UserError
-from launcher import commands, commands_bench, commands_data, commands_run
+from launcher import commands, commands_bench, commands_compare, commands_data, commands_eval, commands_run
 from launcher.console import messages
 
 app = typer.Typer(
@@ -21,7 +21,9 @@ app = typer.Typer(
 )
 commands_data.register(app)
 commands_run.register(app)
+commands_eval.register(app)
 commands.register(app)
+commands_compare.register(app)
 commands_bench.register(app)
 
 

@@ -9,13 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.errors import UserError
+from launcher.commands_run import Solo
 from launcher.config import ClusterConfig, load_cluster
 from launcher.console import find_config, messages, print_json, print_table
 from launcher.records import Records
 from launcher.status import FINAL, RunStatus, find_runs, read_status
-from mokd.config import RunConfig, load_config
+from mokd.config import RunConfig
 from mokd.progress import duration
 from mokd.run_directory import RunDirectory
+from mokd.solo import load_run_config
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
@@ -47,6 +49,7 @@ def register(app: typer.Typer) -> None:
 def launch(
     config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
     overrides: Overrides = None,
+    solo: Solo = None,
     nodes: Nodes = None,
     gpus_per_node: Gpus = None,
     tasks_per_node: Tasks = None,
@@ -72,14 +75,14 @@ def launch(
     from launcher.preflight import examine
 
     path = find_config(config)
-    resolved = load_config(path, overrides or [])
+    resolved = load_run_config(path, overrides or [], solo)
     flags = _flags(locals())
     cluster = load_cluster(resolved.cluster, flags, str(path))
     _show_findings(examine(resolved, cluster, root))
     if sweep:
         name = resolved.name
         configs = [
-            load_config(path, [*(overrides or []), *point.overrides, f"name={name}-{point.suffix}"])
+            load_run_config(path, [*(overrides or []), *point.overrides, f"name={name}-{point.suffix}"], solo)
             for point in sweeps.points(sweep)
         ]
         _launch_sweep(configs, cluster, root, name, dry_run=dry_run, local=local, as_json=as_json)
@@ -229,11 +232,15 @@ def cancel(run: Run, root: Root = Path("runs"), as_json: AsJson = False) -> None
         print(f"job {job} cancelled; continue with: mokd resume {directory.path}")
 
 
+def find_run(run: Path, root: Path = Path("runs")) -> Path:
+    """Where a run lies, given by its path or by its name below `root`."""
+    named = root / run
+    return named if not (run / "config.yaml").is_file() and (named / "config.yaml").is_file() else run
+
+
 def open_run(run: Path, root: Path = Path("runs")) -> RunDirectory:
     """A run by its path, or by its name below `root`."""
-    named = root / run
-    found = named if not (run / "config.yaml").is_file() and (named / "config.yaml").is_file() else run
-    return RunDirectory.open(found.absolute())
+    return RunDirectory.open(find_run(run, root).absolute())
 
 
 def _flags(given: dict[str, Any]) -> dict[str, Any]:

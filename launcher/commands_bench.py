@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.errors import UserError
+from launcher.commands_compare import show
 from launcher.console import find_config, messages, print_json, print_table
 from mokd.config import RunConfig, load_config
+from mokd.run_directory import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,6 +177,46 @@ def _configuration(config: str, overrides: list[str] | None) -> RunConfig:
     if "=" in config:
         config, given = str(STEP_CONFIG), [config, *given]
     return load_config(find_config(config), given)
+
+
+@bench.command(epilog="Example: mokd bench gain --config cifar10_cpu.yaml --seeds 0,1 --nproc 2 --json --record")
+def gain(
+    config: Annotated[
+        list[str] | None, typer.Option(help="configuration; repeatable; default: cifar10_cpu.yaml")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; repeatable")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="evaluation; repeatable; default: knn and linear")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
+    root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
+    record: Annotated[bool, typer.Option("--record", help="keep figures and plots in benchmarks/results/")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Train pairs and each of their branches alone, evaluate all, compare. Called again, it goes on where it was."""
+    from mokd.gain_plot import plot
+
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise UserError(f"--seeds {seeds}: write them as 0,1,2")
+    numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
+    configs = [load_config(find_config(name), overrides or []) for name in config or ["cifar10_cpu.yaml"]]
+    benchmark = benchmark_module("gain")
+    try:
+        result = benchmark.run(
+            configs, numbers, task or ["knn", "linear"], root, nproc, lambda line: messages.print(line, markup=False)
+        )
+    except benchmark.Stopped:
+        messages.print("stopped at a step boundary; the same command goes on there")
+        raise typer.Exit(EXIT_STOPPED) from None
+    if record:
+        name = f"gain-{'+'.join(given.name for given in configs)}"
+        _record(name, result.document)
+        for kind, comparison in result.comparisons.items():
+            plot(comparison, ROOT / "benchmarks" / "results" / f"{name}-{kind}.png")
+    if as_json:
+        print_json(result.document)
+        return
+    for comparison in result.comparisons.values():
+        show(comparison)
 
 
 def _measure(benchmark: Any, config: str, overrides: list[str] | None, quick: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`mokd config`, `mokd train` and `mokd eval`."""
+"""`mokd config` and `mokd train`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import typer
 from data_pipeline.schema import dump_yaml
 from launcher.console import find_config, messages, print_json, print_table
 from mokd.config import RunConfig, load_config
+from mokd.solo import load_run_config
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Solo = Annotated[
+    str | None, typer.Option(metavar="BRANCH", help="train this branch alone, everything else equal: its baseline")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands around one run."""
     app.command(epilog="Example: mokd config vit_s_resnet50.yaml optim.epochs=5")(config)
     app.command(epilog="Example: mokd train configs/demo.yaml --nproc 2 optim.epochs=3")(train)
-    app.command(name="eval", epilog="Example: mokd eval runs/demo --task knn --json")(evaluate)
 
 
 def config(
@@ -38,6 +41,7 @@ def config(
 def train(
     config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
     overrides: Overrides = None,
+    solo: Solo = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run if it exists")] = False,
     root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
@@ -49,34 +53,13 @@ def train(
     from mokd.run_directory import EXIT_STOPPED
     from mokd.start import train as start
 
-    resolved = load_config(find_config(config), overrides or [])
+    resolved = load_run_config(find_config(config), overrides or [], solo)
     run, status = start(resolved, root, resume=resume, nproc=nproc)
     if status == 0:
         _show_progress(run.path, resolved)
     elif status == EXIT_STOPPED:
         messages.print("stopped at a step boundary; the same command with --resume continues there")
     raise typer.Exit(status)
-
-
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
-    task: Annotated[str, typer.Option(help="what to evaluate: knn")] = "knn",
-    train: Annotated[Path | None, typer.Option(help="labelled beton; default: the config's evaluation.train")] = None,
-    test: Annotated[Path | None, typer.Option(help="labelled beton; default: the config's evaluation.test")] = None,
-    network: Annotated[str, typer.Option(help="teacher or student")] = "teacher",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Evaluate every branch of a run at its newest checkpoint."""
-    from mokd.evaluation.saved import evaluate_run
-
-    results = evaluate_run(run, task=task, network=network, train=train, test=test, overrides=overrides or [])
-    if as_json:
-        print_json({"results": results})
-        return
-    columns = ["branch", "network", "task", "k", "top1", "top5"]
-    rows = [[f"{r[c]:.2f}" if c.startswith("top") else str(r[c]) for c in columns] for r in results]
-    print_table(f"{run} at step {results[0]['step']}, accuracy in %", columns, rows)
 
 
 def _show_progress(path: Path, config: RunConfig) -> None:

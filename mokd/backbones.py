@@ -22,6 +22,11 @@ from data_pipeline.errors import UserError
 from mokd.config import BranchConfig
 from mokd.drop_path import SampleDropPath
 
+# where training code keeps the network: where a file has keys below one of these, the others are not the network's
+_PARTS = ("teacher.", "encoder_q.", "base_encoder.", "model.", "backbone.", "net.")
+# classifiers and projection heads
+_HEADS = ("fc", "head", "head_dist", "classifier", "projector", "projection_head")
+
 
 @dataclass(frozen=True)
 class Features:
@@ -166,12 +171,13 @@ def measure_shapes(config: BranchConfig, image_px: int, crop_sizes_px: Iterable[
 
 
 def load_weights(backbone: Backbone, path: Path, owner: str) -> None:
-    """Warm start: backbone weights from a safetensors or state-dict file; UserError when they do not fit.
+    """Backbone weights from a safetensors or state-dict file; UserError when they do not fit.
 
-    Takes timm or torchvision keys, bare or under `module.`, `backbone.`, `net.`; a classifier is ignored.
+    Takes timm or torchvision keys, bare or under the prefixes that training code is known to put before them; a
+    classifier or projection head is ignored.
     """
     own = backbone.net.state_dict()
-    given = {_strip(key): value for key, value in _read_tensors(path).items()}
+    given = _backbone_part(_read_tensors(path))
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     if missing:
         raise UserError(f"{path}: {owner} needs '{missing[0]}' ({len(missing)} keys in all), which the file has not")
@@ -179,6 +185,9 @@ def load_weights(backbone: Backbone, path: Path, owner: str) -> None:
     if wrong:
         shapes = f"{list(given[wrong[0]].shape)} instead of {list(own[wrong[0]].shape)}"
         raise UserError(f"{path}: '{wrong[0]}' has shape {shapes}; the file is of another network than {owner}")
+    unknown = [key for key in given if key not in own and key.split(".")[0] not in _HEADS]
+    if unknown:
+        raise UserError(f"{path}: holds '{unknown[0]}' ({len(unknown)} such keys), which {owner} does not know")
     backbone.net.load_state_dict({key: given[key] for key in own if key in given}, strict=False)
 
 
@@ -203,10 +212,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
-def _strip(key: str) -> str:
-    for prefix in ("module.", "backbone.", "net."):
-        key = key.removeprefix(prefix)
-    return key
+def _backbone_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the network proper, without what wrappers and methods put before their names."""
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    for part in _PARTS:
+        inside = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
+        tensors = inside or tensors
+    return tensors
 
 
 def _use_cifar_stem(net: nn.Module, entry: str) -> None:

@@ -3,13 +3,12 @@
 `checkpoints/step-<n>/` holds one safetensors file per branch and one for the objective (no pickles), `state.json` with
 the scalars, and `checksums.json`, which is written last. The directory is filled beside its place, made durable and
 renamed; `latest` names the newest. A random state is not in it because none is carried from step to step: what is drawn
-is a function of (seed, step).
+is a function of (seed, step, branch).
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mokd.crash_points import crash_point
-from mokd.files import read_json, replace_text, sync_file
+from mokd.files import file_checksum, read_json, replace_text, sync_file
 from mokd.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -43,6 +42,11 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of every file, by name."""
+        return read_json(self.path / CHECKSUMS) or {}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file, `name` without suffix, on the CPU."""
@@ -172,12 +176,6 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         return None
     return Checkpoint(path, int(state["step"]), state)
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _step_directories(run: RunDirectory) -> list[Path]:

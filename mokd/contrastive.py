@@ -98,7 +98,7 @@ class ContrastiveObjective:
 
         def monitors() -> dict[str, Tensor]:
             return {
-                "bank_age": torch.tensor(age),
+                "bank_age": torch.full_like(similarity[0], age),
                 "positive_similarity": similarity.mean(),
                 "hardest_negative_similarity": hardest.mean(),
                 **feature_monitors(pooled),

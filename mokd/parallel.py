@@ -116,7 +116,7 @@ def _shard(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, d
         register_fsdp_forward_method(branch.teacher, "search")
     replicated = [p for p in branch.student.parameters() if p.ndim <= 1 and p.requires_grad]
     branch.accumulating = partial(_without_averaging, branch.student)
-    branch.finish_gradients = partial(_average_gradients, replicated)
+    branch.finish_gradients = partial(average_gradients, replicated)
 
 
 def shard_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
@@ -176,7 +176,7 @@ def _without_averaging(student: nn.Module) -> Generator[None]:
 
 
 @torch.no_grad()
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
+def average_gradients(parameters: list[nn.Parameter]) -> None:
     """The mean over all ranks of the gradients of parameters that are not sharded, in one collective."""
     gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
     if not gradients:

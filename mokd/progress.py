@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+EVERY_SECONDS = 10.0
+
 
 def duration(seconds: float) -> str:
     """A duration for people.
@@ -61,3 +63,23 @@ class TrainingProgress:
         """Ends the live line."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class EpochLines:
+    """A line on stderr every ten seconds or so for work that goes by epochs; nothing where not `shown`."""
+
+    def __init__(self, title: str, epochs: int, shown: bool) -> None:
+        self._title, self._epochs, self._shown = title, epochs, shown
+        self._first: int | None = None
+        self._started = self._told = time.monotonic()
+
+    def done(self, epochs: int, facts: str = "") -> None:
+        """So many epochs are done."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = epochs - 1
+        if not self._shown or (now - self._told < EVERY_SECONDS and epochs < self._epochs):
+            return
+        self._told = now
+        remaining = (now - self._started) / (epochs - self._first) * (self._epochs - epochs)
+        print(f"{self._title}: epoch {epochs} of {self._epochs}  {facts}  ETA {duration(remaining)}", file=sys.stderr)

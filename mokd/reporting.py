@@ -12,7 +12,7 @@ import torch
 from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, all_reduce_sum
-from mokd.evaluation.run import knn_of
+from mokd.evaluation.monitor import knn_top1
 from mokd.host_copy import HostCopy
 from mokd.metrics import MetricsWriter
 from mokd.progress import TrainingProgress
@@ -132,9 +132,9 @@ class Reporter:
             self._write_pending()
         began = time.perf_counter()
         backbones = [branch.whole_teacher_backbone() for branch in branches]
-        results = knn_of(backbones, self._config, self._ranks, self._device)
+        accuracies = knn_top1(backbones, self._config, self._ranks, self._device)
         if self._ranks.is_main:
-            best = {f"eval/{b.name}/knn_top1": max(r.top1 for r in rs) for b, rs in zip(branches, results, strict=True)}
+            best = {f"eval/{b.name}/knn_top1": top1 for b, top1 in zip(branches, accuracies, strict=True)}
             self._metrics.write({"step": step, **best})
             shown = "  ".join(f"{key.split('/')[1]} {value:.1f}%" for key, value in best.items())
             self._progress.say(f"step {step}  k-NN top-1  {shown}")

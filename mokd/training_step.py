@@ -37,6 +37,14 @@ class StepResult(NamedTuple):
     stopping: bool
 
 
+def seed_branch(seed: int, step: int, branch: str) -> None:
+    """Seeds what torch draws for a branch in a step, on all ranks and for every micro-batch alike.
+
+    Each step and branch by itself: no random state is saved, and a branch draws the same alone as in company.
+    """
+    torch.manual_seed(derive_seed(seed, "step", step, branch))
+
+
 class TrainingStep:
     """Trains branches on one batch after another; nothing is remembered from step to step but their state."""
 
@@ -73,11 +81,10 @@ class TrainingStep:
                 if not last:  # one mean over ranks a step
                     for branch in self.branches:
                         stack.enter_context(branch.accumulating())
-                # all ranks and micro-batches alike, and a function of the step alone: no random state is saved
-                torch.manual_seed(derive_seed(self.config.seed, "step", step))
                 views = [group.chunk(parts, dim=1)[index] for group in groups]
                 pending, losses = self.objective.losses(self.branches, views, epoch), list[BranchLoss]()
                 for number, branch in enumerate(self.branches, start=1):
+                    seed_branch(self.config.seed, step, branch.name)
                     with autocast(self.config.precision, self.device):
                         losses.append(next(pending))
                     if number == len(self.branches):

@@ -28,7 +28,9 @@ def test_nothing_imports_upwards(package: str) -> None:
                 assert module.split(".")[0] not in above, f"{file}:{node.lineno} imports {module}"
 
 
-@pytest.mark.parametrize("module", ["mokd.config", "mokd.run_directory", "launcher.cli", "launcher.config"])
+@pytest.mark.parametrize(
+    "module", ["mokd.config", "mokd.run_directory", "mokd.gain", "launcher.cli", "launcher.config"]
+)
 def test_schema_and_command_line_import_no_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

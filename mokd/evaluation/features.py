@@ -1,47 +1,113 @@
-"""Frozen features of labelled images, sharded over ranks."""
+"""Frozen features of labelled images, sharded over ranks.
+
+Shape letters: B images of a batch, D width of a feature.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.batch import LabelledBatch
+from data_pipeline.errors import UserError
+from data_pipeline.eval_loader import EvalLoader
+from data_pipeline.loader import build_eval_loader
 from mokd.backbones import Backbone
+from mokd.config import RunConfig
+from mokd.distributed import Ranks
+from mokd.evaluation.data import LabelledSet
+
+Read = Callable[[Backbone, Tensor], Tensor]
+# a way to read a network, with its name
+Reading = tuple[str, Read]
+
+
+def pooled(backbone: Backbone, images: Tensor) -> Tensor:
+    """The pooled feature `[B, D]`."""
+    return backbone(images).pooled
+
+
+def class_tokens(backbone: Backbone, images: Tensor, *, blocks: int) -> Tensor:
+    """The normalised class tokens of the last `blocks` blocks, side by side, `[B, blocks * D]`."""
+    parts = backbone.net.forward_intermediates(  # type: ignore[operator]
+        images, indices=blocks, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )
+    return torch.cat([prefix[:, 0] for _, prefix in parts], dim=-1)
+
+
+def probe_reading(backbone: Backbone, last_blocks: int) -> Reading:
+    """How a linear probe reads a backbone, and that way's name: class tokens of a transformer, else what is pooled."""
+    depth = len(getattr(backbone.net, "blocks", ()))
+    if not (depth and getattr(backbone.net, "has_class_token", False)):
+        return "pooled", pooled
+    blocks = min(last_blocks, depth)
+    return f"class tokens of {blocks}", partial(class_tokens, blocks=blocks)
+
+
+def eval_loader(data: LabelledSet, config: RunConfig, ranks: Ranks, device: torch.device) -> EvalLoader:
+    """This rank's part of a labelled data set, centre crops, in order."""
+    section = config.evaluation
+    return build_eval_loader(
+        data.path,
+        backend=data.backend,
+        resize_px=section.resize_px,
+        crop_px=section.crop_px,
+        mean=config.views.mean,
+        std=config.views.std,
+        batch_size=section.batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=config.data.workers,
+        device=device,
+        limit=data.limit,
+    )
 
 
 @torch.no_grad()
 def extract(
-    backbones: Sequence[Backbone], batches: Iterable[LabelledBatch], device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """L2-normalised pooled features `[n, D]` in fp32 of every backbone, and labels `[n]`, of this rank's images.
+    backbones: Sequence[Backbone], reads: Sequence[Read], batches: Iterable[LabelledBatch], device: torch.device
+) -> Iterator[list[Tensor]]:
+    """Features `[B, D]` in fp32, on the device, of every backbone, for one batch after the other.
 
     Every image is decoded once for all backbones. They run in evaluation mode and are left in the mode they were in.
     """
     modes = [backbone.training for backbone in backbones]
-    features: list[list[Tensor]] = [[torch.zeros(0, 0)] for _ in backbones]
-    labels = [torch.zeros(0, dtype=torch.int64)]
     try:
         for backbone in backbones:
             backbone.eval()
         for batch in batches:
             images = batch.images.to(device)
-            for backbone, rows in zip(backbones, features, strict=True):
-                rows.append(F.normalize(backbone(images).pooled.float(), dim=-1).cpu())
-            labels.append(batch.labels.cpu())
+            yield [read(backbone, images).float() for backbone, read in zip(backbones, reads, strict=True)]
     finally:
         for backbone, mode in zip(backbones, modes, strict=True):
             backbone.train(mode)
-    return [torch.cat(rows[1:] or rows) for rows in features], torch.cat(labels)
+
+
+def check_finite(bad_row: int | None, data: LabelledSet, device: torch.device) -> None:
+    """UserError, on all ranks alike, when one of them has met a feature that is not finite at a row of the data set."""
+    first = torch.tensor([data.size if bad_row is None else bad_row], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    row = int(first)
+    if row < data.size:
+        sample = int(data.ids[row])
+        raise UserError(f"{data.path}: the features of image {sample} are not finite; the network has diverged")
+
+
+def first_bad(features: Tensor) -> int | None:
+    """The first row that holds a NaN or an infinity."""
+    bad = (~torch.isfinite(features).all(dim=1)).nonzero()
+    return int(bad[0]) if bad.numel() else None
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     """The rows `[n_r, ...]` of all ranks, one rank's after another, on every rank; on the CPU."""
     if not dist.is_initialized():
-        return rows
+        return rows.cpu()
     sizes: list[tuple[int, tuple[int, ...]]] = [(0, ())] * dist.get_world_size()
     dist.all_gather_object(sizes, (rows.shape[0], tuple(rows.shape[1:])))
     longest = max(size for size, _ in sizes)

@@ -1,109 +1,101 @@
-"""Weighted k-nearest-neighbour classification, exact, in blocks, over training features sharded by rank.
+"""Weighted k-nearest-neighbour classification, exact, block by block, over training features sharded by rank.
 
-Shape letters: N training images of this rank, M test images, D width, k neighbours.
+Ties have a rule, so that the answer does not depend on blocks or ranks: of two training images equally similar, the
+one that comes first in its data set is nearer; of two classes with equal scores, the one with the smaller number wins.
+
+Shape letters: N training images, M test images, D width, k neighbours, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
 from mokd.evaluation.features import gather_rows
 
-BLOCK = 1024
+TEST_BLOCK = 1024
+BLOCK = 8192
+
+# rows of training features and where the first of them lies in the data set
+Blocks = Iterable[tuple[int, Tensor]]
 
 
-@dataclass(frozen=True)
-class KnnAccuracy:
-    """Accuracy in percent with k neighbours."""
-
-    k: int
-    top1: float
-    top5: float
+def blocks_of(features: Tensor, first_row: int = 0) -> Blocks:
+    """Features in memory, block by block."""
+    return ((first_row + start, features[start : start + BLOCK]) for start in range(0, len(features), BLOCK))
 
 
-def check_labelled(features: Tensor, labels: Tensor, what: str) -> None:
-    """UserError when there is nothing to compare, a label is missing, or a feature is not finite."""
-    if labels.numel() == 0:
-        raise UserError(f"{what}: holds no images")
-    if int(labels.min()) < 0:
-        raise UserError(f"{what}: holds images without label; evaluation needs a labelled data set")
-    bad = (~torch.isfinite(features).all(dim=1)).nonzero()
-    if bad.numel():
-        raise UserError(f"{what}: the features of image {int(bad[0])} are not finite; the network has diverged")
+def nearest(train: Blocks, test: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest inner products `[M, k]`, in descending order, and their rows in the data set.
+
+    On the device of `test`. With fewer than k training images the rest is -inf, in row -1. Beside the result only one
+    product of a block of test and a block of training features is in memory.
+    """
+    sims = torch.full((len(test), k), -torch.inf, device=test.device)
+    rows = torch.full((len(test), k), -1, device=test.device)
+    for first_row, block in train:
+        block = block.to(test.device)
+        here = torch.arange(first_row, first_row + len(block), device=test.device)
+        for part in range(0, len(test), TEST_BLOCK):
+            at = slice(part, part + TEST_BLOCK)
+            products = test[at] @ block.T
+            all_sims = torch.cat([sims[at], products], dim=1)
+            all_rows = torch.cat([rows[at], here.expand_as(products)], dim=1)
+            sims[at], rows[at] = best(all_sims, all_rows, k)
+    return sims, rows
 
 
-def nearest(train: Tensor, test: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest inner products `[M, k]`, in descending order, and their rows in `train`; blockwise."""
-    sims, rows = [], []
-    for block in test.split(BLOCK):
-        best = torch.zeros(block.shape[0], 0)
-        index = torch.zeros(block.shape[0], 0, dtype=torch.int64)
-        for start in range(0, train.shape[0], 16 * BLOCK):
-            part = block @ train[start : start + 16 * BLOCK].T
-            best = torch.cat([best, part], dim=1)
-            here = torch.arange(start, start + part.shape[1]).expand_as(part)
-            index = torch.cat([index, here], dim=1)
-            best, chosen = best.topk(min(k, best.shape[1]), dim=1)
-            index = index.gather(1, chosen)
-        sims.append(best)
-        rows.append(index)
-    return torch.cat(sims), torch.cat(rows)
+def best(sims: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each line of `sims` `[M, n]`, descending, equal ones by ascending `rows` `[M, n]`."""
+    k = min(k, sims.shape[1])
+    values, chosen = sims.topk(k, dim=1)
+    # topk takes any of those that equal its last value: where there are more of them, an exact sort decides
+    crowded = (sims >= values[:, -1:]).sum(dim=1) > k
+    if crowded.any():
+        chosen[crowded] = _order(sims[crowded], rows[crowded])[:, :k]
+    sims, rows = sims.gather(1, chosen), rows.gather(1, chosen)
+    order = _order(sims, rows)
+    return sims.gather(1, order), rows.gather(1, order)
+
+
+def _order(sims: Tensor, rows: Tensor) -> Tensor:
+    by_row = rows.argsort(dim=1, stable=True)
+    return by_row.gather(1, sims.gather(1, by_row).argsort(dim=1, descending=True, stable=True))
 
 
 def vote(sims: Tensor, labels: Tensor, k: int, classes: int, temperature: float) -> Tensor:
-    """Scores `[M, classes]`: the first k neighbours vote for their label with weight `exp(sim / temperature)`."""
+    """Scores `[M, C]`: the first k neighbours vote for their label with weight `exp(sim / temperature)`."""
     # relative to the nearest: the same ranking, and no overflow at low temperatures
     weights = ((sims[:, :k] - sims[:, :1]) / temperature).double().exp()
-    scores = torch.zeros(sims.shape[0], classes, dtype=torch.float64)
+    scores = torch.zeros(sims.shape[0], classes, dtype=torch.float64, device=sims.device)
     return scores.scatter_add_(1, labels[:, :k], weights)
 
 
-def evaluate(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    ks: Sequence[int],
-    temperature: float,
-    device: torch.device,
-) -> list[KnnAccuracy]:
-    """Accuracies for every k in `ks`, from (features, labels) of this rank; the same result on every rank."""
-    test_features, test_labels = gather_rows(test[0], device), gather_rows(test[1], device)
-    check_labelled(test_features, test_labels, "evaluation.test")
+def classify(
+    train: Blocks, labels: Tensor, test: Tensor, ks: Sequence[int], temperature: float, classes: int
+) -> list[Tensor]:
+    """For every k the most likely classes `[M, min(5, C)]` of L2-normalised test features, on the CPU.
+
+    train: this rank's L2-normalised features. labels `[N]`: of the whole training set. test: all of it, on the device
+    to be used. k is at most N. The same on every rank.
+    """
     k = max(ks)
-    if train[1].numel():
-        sims, rows = nearest(train[0], test_features, k)
-        neighbours = train[1][rows]
-    else:
-        sims, neighbours = torch.zeros(len(test_labels), 0), torch.zeros(len(test_labels), 0, dtype=torch.int64)
+    sims, rows = nearest(train, test, k)
     # every rank's k best, merged: exact, and the training features stay where they are
-    sims, neighbours = gather_rows(_padded(sims, k), device), gather_rows(_padded_labels(neighbours, k), device)
-    tests = len(test_labels)
-    sims = sims.unflatten(0, (-1, tests)).transpose(0, 1).flatten(1)
-    neighbours = neighbours.unflatten(0, (-1, tests)).transpose(0, 1).flatten(1)
-    sims, chosen = sims.topk(k, dim=1)
-    neighbours = neighbours.gather(1, chosen)
-    found = int((neighbours[0] >= 0).sum()) if tests else 0
-    if found == 0:
-        raise UserError("evaluation.train: holds no labelled images")
-    neighbours, sims = neighbours[:, :found], sims[:, :found]
-    classes = int(max(neighbours.max(), test_labels.max())) + 1
-    results = []
+    device = test.device
+    sims, rows = (_side_by_side(gather_rows(part, device), len(test)) for part in (sims, rows))
+    sims, rows = best(sims, rows, k)
+    neighbours = labels[rows]
+    answers = []
     for count in ks:
-        scores = vote(sims, neighbours, min(count, found), classes, temperature)
-        ranked = scores.topk(min(5, classes), dim=1).indices
-        hits = ranked == test_labels[:, None]
-        top1, top5 = hits[:, 0].double().mean(), hits.any(dim=1).double().mean()
-        results.append(KnnAccuracy(count, 100.0 * float(top1), 100.0 * float(top5)))
-    return results
+        scores = vote(sims, neighbours, count, classes, temperature)
+        # a stable sort: equal scores keep the order of the classes
+        answers.append(scores.argsort(dim=1, descending=True, stable=True)[:, :5])
+    return answers
 
 
-def _padded(sims: Tensor, k: int) -> Tensor:
-    return torch.nn.functional.pad(sims, (0, k - sims.shape[1]), value=-torch.inf)
-
-
-def _padded_labels(labels: Tensor, k: int) -> Tensor:
-    return torch.nn.functional.pad(labels, (0, k - labels.shape[1]), value=-1)
+def _side_by_side(gathered: Tensor, tests: int) -> Tensor:
+    """`[ranks * M, k]` to `[M, ranks * k]`."""
+    return gathered.unflatten(0, (-1, tests)).transpose(0, 1).flatten(1)

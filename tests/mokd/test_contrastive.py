@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
@@ -16,8 +18,11 @@ from mokd.branch import Branch, BranchLoss
 from mokd.contrastive import ContrastiveObjective
 from mokd.contrastive_network import ContrastiveNetwork, FeatureMatching, Seen
 from mokd.info_nce import info_nce
+from mokd.metrics import read_metrics
 from mokd.objective import build_objective
 from mokd.preflight import check
+from mokd.run_directory import EXIT_DONE, RunDirectory
+from mokd.workers import train_locally
 from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny_config
 
 B, PX, K = 3, 64, 40  # 64 px: the ResNet has a map of 2 x 2, the ViT one of 8 x 8
@@ -243,6 +248,36 @@ def test_the_first_step_meets_random_keys_and_monitors_follow_the_bank() -> None
             assert -1.0 <= monitors["hardest_negative_similarity"] < 1.0, "its own key is not in the bank yet"
         ages.append(monitors["bank_age"])
     assert ages == [0, 1, 2, 3, 4, 5, 5]  # 8 keys a step, 40 places
+
+
+def test_similarities_that_are_shown_are_those_of_the_loss() -> None:
+    objective, built, crops = build([RESNET, VIT])
+    losses = list(objective.losses(built, [crops], 0))
+    for branch, loss in zip(built, losses, strict=True):
+        positives, hardest = [], []
+        with torch.no_grad():
+            queries, keys = branch.student(crops).projected, branch.teacher(crops).projected
+        for view in (0, 1):
+            for b in range(B):
+                positives.append(float(queries[view, b] @ keys[1 - view, b]))
+                hardest.append(max(float(queries[view, b] @ key) for key in objective.banks[branch.name].keys))
+        monitors = loss.monitors()
+        assert float(monitors["positive_similarity"]) == pytest.approx(sum(positives) / len(positives), rel=1e-6)
+        assert float(monitors["hardest_negative_similarity"]) == pytest.approx(sum(hardest) / len(hardest), rel=1e-6)
+
+
+def test_monitors_reach_the_metrics_and_tensorboard_for_every_branch(beton: Path, tmp_path: Path) -> None:
+    changes = {"optim__max_steps": 3, "logging__tensorboard": True}
+    run = RunDirectory.create(tmp_path / "run", tiny_config(beton, **CONTRASTIVE, **changes))
+    assert train_locally(run.path, 1) == EXIT_DONE
+    logged = [record for record in read_metrics(run.metrics_file) if "images_seen" in record]
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    for branch in ("resnet", "vit"):
+        assert [record[f"bank_age/{branch}"] for record in logged] == [0, 1, 2]
+        for name in ("bank_age", "positive_similarity", "hardest_negative_similarity", "loss/{}/self", "loss/{}/cross"):
+            key = name.format(branch) if "{}" in name else f"{name}/{branch}"
+            shown = {event.step: event.value for event in board.Scalars(key)}
+            assert shown == pytest.approx({record["step"]: record[key] for record in logged}), key
 
 
 def test_bf16_storage_changes_the_loss_by_rounding_only() -> None:

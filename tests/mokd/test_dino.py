@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from mokd import dino
 from mokd.branch import Branch
+from mokd.config import DinoConfig
 from mokd.dino import DinoObjective
 from mokd.prototypes import HeadOutput, Prototypes
 from tests.support import RESNET, THIRD, VIT, tiny_config
@@ -195,14 +198,55 @@ def test_centers_move_after_use_towards_the_global_mean() -> None:
         torch.testing.assert_close(objective.centers[i, 0], 0.9 * before[i, 0] + 0.1 * means[i], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("term", ["self_mlp", "self_thead", "cross_mlp", "cross_search"])
-def test_a_term_that_is_off_does_not_enter_the_loss(term: str) -> None:
-    objective, built, views = build([RESNET, VIT])
-    everything = list(objective.losses(built, views, 0))[1]
-    objective, built, views = build([RESNET, VIT], objective__terms={term: False})
-    without = list(objective.losses(built, views, 0))[1]
-    weight = built[1].config.weight if term.startswith("cross") else 1.0
-    torch.testing.assert_close(without.total, everything.total - weight * everything.terms[term], rtol=1e-9, atol=0)
+TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
+
+
+@pytest.mark.parametrize("branches", [[VIT], [RESNET, VIT]], ids=["solo", "pair"])
+def test_every_combination_of_terms_trains_on_exactly_these(branches: list[dict]) -> None:
+    """Loss and gradients of the branch that is in both, for all that can be switched on and off."""
+    objective, built, views = build(branches)
+    terms = literal(objective, built, views, 0)[-1]
+    parameters = [p for p in built[-1].student.parameters() if p.requires_grad]
+    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    gradients = {name: torch.autograd.grad(value, parameters, **options) for name, value in terms.items()}
+    weights = {name: built[-1].config.weight if name.startswith("cross") else 1.0 for name in terms}
+    checked = 0
+    for switches in itertools.product([True, False], repeat=len(TERMS)):
+        on = dict(zip(TERMS, switches, strict=True))
+        left = [name for name in terms if on[name]]
+        if not left:
+            continue
+        objective.config = DinoConfig.model_validate({**objective.config.model_dump(), "terms": on})
+        loss = list(objective.losses(built, views, 0))[-1]
+        torch.testing.assert_close(loss.total, sum(weights[n] * terms[n] for n in left), rtol=1e-6, atol=0)
+        found = torch.autograd.grad(loss.total, parameters, allow_unused=True, materialize_grads=True)
+        for i, gradient in enumerate(found):
+            expected = sum(weights[name] * gradients[name][i] for name in left)
+            # timm resamples position embeddings in fp32
+            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
+        assert {name for name in loss.terms if name.startswith("cross")} == {n for n in left if n.startswith("cross")}
+        checked += 1
+    assert checked == (12 if len(branches) == 1 else 15)
+
+
+@pytest.mark.parametrize(
+    ("branches", "off", "says"),
+    [
+        ([VIT], ("self_mlp", "self_thead"), "a branch alone has the self terms only, and both are off"),
+        ([RESNET, VIT], TERMS, "all four are off; nothing is left to learn from"),
+    ],
+)
+def test_without_any_term_there_is_nothing_to_train(branches: list[dict], off: Sequence[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        tiny_config(branches=branches, objective__terms=dict.fromkeys(off, False))
+
+
+def test_without_search_no_local_views_are_needed() -> None:
+    objective, built, views = build(
+        [RESNET, VIT], objective__terms={"cross_search": False}, views__local_crops__count=0
+    )
+    losses = list(objective.losses(built, views[:1], 0))
+    assert all(set(loss.terms) == {"self_mlp", "self_thead", "cross_mlp"} for loss in losses)
 
 
 def test_teacher_follows_by_moving_average_and_keeps_its_own_statistics() -> None:

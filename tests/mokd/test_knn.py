@@ -5,10 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from data_pipeline.errors import UserError
-from mokd.evaluation.knn import evaluate, nearest, vote
-
-CPU = torch.device("cpu")
+from mokd.evaluation import knn
 
 
 def blobs(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,36 +17,43 @@ def blobs(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("k", [1, 10, 30])
-def test_predictions_equal_scikit_learn_with_the_same_weights(k: int) -> None:
-    train, test = blobs(700, 5, 1), blobs(300, 5, 2)
+def test_predictions_equal_scikit_learn_with_the_same_weights(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "BLOCK", 64)  # many blocks, the last one not full
+    monkeypatch.setattr(knn, "TEST_BLOCK", 70)
+    (train, labels), (test, test_labels) = blobs(700, 5, 1), blobs(300, 5, 2)
     theirs = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1.0 - distance) / 0.07)
-    ).fit(train[0].numpy(), train[1].numpy())
-    sims, rows = nearest(train[0], test[0], k)
-    ours = vote(sims, train[1][rows], k, 5, 0.07).argmax(dim=1)
-    assert np.array_equal(ours.numpy(), theirs.predict(test[0].numpy()))
-    (result,) = evaluate(train, test, [k], 0.07, CPU)
-    assert result.top1 == pytest.approx(100 * theirs.score(test[0].numpy(), test[1].numpy()))
-    assert result.top5 >= result.top1
+    ).fit(train.numpy(), labels.numpy())
+    (ours,) = knn.classify(knn.blocks_of(train), labels, test, [k], 0.07, 5)
+    assert np.array_equal(ours[:, 0].numpy(), theirs.predict(test.numpy()))
+    assert (ours[:, 0] == test_labels).double().mean() == theirs.score(test.numpy(), test_labels.numpy())
+    assert ours.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 300
 
 
-def test_more_neighbours_than_images_and_one_class() -> None:
-    train, test = blobs(7, 3, 1), blobs(20, 3, 2)
-    (result,) = evaluate(train, test, [30], 0.07, CPU)
-    assert 0.0 <= result.top1 <= 100.0
-    one = (train[0], torch.zeros_like(train[1]))
-    (result,) = evaluate(one, (test[0], torch.zeros_like(test[1])), [5], 0.07, CPU)
-    assert result.top1 == 100.0
+def test_equally_similar_images_are_taken_in_the_order_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = torch.eye(4)[[1, 0, 0, 2, 0, 0, 0, 3, 0]]
+    for size in (2, 3, 100):
+        monkeypatch.setattr(knn, "BLOCK", size)
+        sims, rows = knn.nearest(knn.blocks_of(train), torch.eye(4)[:2], 4)
+        assert rows.tolist() == [[1, 2, 4, 5], [0, 1, 2, 3]]
+        assert sims.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
 
 
-def test_what_cannot_be_evaluated_is_named() -> None:
-    train, test = blobs(20, 3, 1), blobs(20, 3, 2)
-    with pytest.raises(UserError, match="without label"):
-        evaluate(train, (test[0], torch.full_like(test[1], -1)), [5], 0.07, CPU)
-    broken = test[0].clone()
-    broken[4] = torch.nan
-    with pytest.raises(UserError, match="image 4 are not finite"):
-        evaluate(train, (broken, test[1]), [5], 0.07, CPU)
-    empty = (torch.zeros(0, 12), torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(UserError, match="no labelled images"):
-        evaluate(empty, test, [5], 0.07, CPU)
+def test_equal_scores_go_to_the_smaller_class() -> None:
+    labels = torch.tensor([3, 1, 2, 0])
+    train, test = torch.eye(8)[[0, 0, 0, 5]], torch.eye(8)[:1]
+    (ours,) = knn.classify(knn.blocks_of(train), labels, test, [3], 0.07, 6)
+    assert ours.tolist() == [[1, 2, 3, 0, 4]]
+
+
+def test_top5_holds_the_five_highest_scores() -> None:
+    (train, labels), (test, _) = blobs(900, 9, 1), blobs(50, 9, 2)
+    sims, rows = knn.nearest(knn.blocks_of(train), test, 20)
+    (ours,) = knn.classify(knn.blocks_of(train), labels, test, [20], 0.07, 9)
+    scores = torch.zeros(50, 9, dtype=torch.float64)
+    for i in range(50):
+        for sim, row in zip(sims[i], rows[i], strict=True):
+            scores[i, labels[row]] += np.exp(float(sim) / 0.07)
+    expected = scores.topk(5, dim=1)
+    found = scores.gather(1, ours)
+    torch.testing.assert_close(found, expected.values)

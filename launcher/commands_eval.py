@@ -1,0 +1,72 @@
+"""`mokd eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.console import print_json, print_table
+
+# what a record says beside these is a setting of its task
+_COMMON = ("branch", "network", "task", "step", "top1", "top5", "predictions", "headline")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(name="eval", epilog="Example: mokd eval runs/demo --task linear --json")(evaluate)
+
+
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a file of weights")],
+    task: Annotated[str, typer.Option(help="knn, linear, semi or transfer")] = "knn",
+    network: Annotated[str, typer.Option(help="teacher, student, or scratch: as before any training")] = "teacher",
+    branch: Annotated[list[str] | None, typer.Option(help="only this branch; may be repeated")] = None,
+    train: Annotated[Path | None, typer.Option(help="labelled beton or folder; default: the configuration's")] = None,
+    test: Annotated[Path | None, typer.Option(help="labelled beton or folder; default: the configuration's")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
+    name: Annotated[str | None, typer.Option(help="name of the result; default: the task's")] = None,
+    again: Annotated[bool, typer.Option("--again", help="compute even what is known")] = False,
+    backbone: Annotated[str | None, typer.Option(help="timm name of the network that a file is of")] = None,
+    stem: Annotated[str, typer.Option(help="default or cifar, for a file")] = "default",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Evaluate every branch of a run at its newest checkpoint, or the weights in a file.
+
+    Results are kept in RUN/eval/ (FILE.eval/) and computed again only when something that they follow from has changed.
+    A call that was cut off continues.
+    """
+    from mokd.evaluation.job import Request
+    from mokd.evaluation.start import evaluate as start
+
+    request = Request(
+        source=source,
+        task=task,
+        network=network,
+        branches=tuple(branch or ()),
+        train=train,
+        test=test,
+        overrides=tuple(overrides or ()),
+        name=name,
+        again=again,
+        backbone=backbone,
+        stem=stem,
+    )
+    evaluation, status = start(request, nproc)
+    if evaluation is None:
+        raise typer.Exit(status)
+    if as_json:
+        print_json(evaluation.document())
+        return
+    records = evaluation.results
+    settings = list(dict.fromkeys(key for record in records for key in record if key not in _COMMON))
+    columns = ["branch", *settings, "top1", "top5", "headline"]
+    rows = []
+    for record in records:
+        numbers = [f"{record[key]:.2f}" for key in ("top1", "top5")]
+        rows.append([record["branch"], *(str(record.get(key, "")) for key in settings), *numbers])
+        rows[-1].append("*" if record["headline"] else "")
+    title = f"{task} of {evaluation.network} at step {evaluation.step}, {evaluation.images} images, accuracy in %"
+    print_table(title, columns, rows)

@@ -1,0 +1,87 @@
+"""Labelled data sets as evaluations use them, and everything that can be said of them before a network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.loader import Backend, check_path
+from data_pipeline.order import Int64Array, subset
+from data_pipeline.samples import open_samples
+from mokd.config import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """The images of a data set that an evaluation uses: sample ids and labels `[n]`, in the data set's order."""
+
+    path: Path
+    backend: Backend
+    limit: int | None
+    ids: Int64Array
+    labels: Int64Array
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def size(self) -> int:
+        """Images used."""
+        return len(self.ids)
+
+    def part(self, rank: int, world_size: int) -> tuple[int, int]:
+        """The rows, from and to, that a rank reads; the loader's rule."""
+        return self.size * rank // world_size, self.size * (rank + 1) // world_size
+
+
+def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | None = None) -> LabelledSet:
+    """The labelled data set that the configuration's `key` names; a folder of images is read by the reference loader.
+
+    UserError when there is none, or an image has no label.
+    """
+    if path is None:
+        raise UserError(f"{key}: not set; give --{key.rsplit('.')[-1]} BETON")
+    backend = "torchvision" if path.is_dir() else backend
+    check_path(path, backend)
+    samples = open_samples(path)
+    ids = subset(samples.size, limit)
+    labels = samples.labels[ids]
+    if not samples.classes or (labels < 0).any():
+        raise UserError(f"{key}: {path} holds images without label; evaluation needs folders named after classes")
+    return LabelledSet(path, backend, limit, ids, labels, samples.classes, samples.fingerprint())
+
+
+def check_pair(train: LabelledSet, test: LabelledSet) -> None:
+    """UserError unless both sets speak of the same two or more classes, each with images to learn it from."""
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes)) or ["another order"]
+        raise UserError(
+            f"{test.path}: its classes are not those of {train.path}: {odd[0]} ({len(odd)} differ); "
+            "labels would mean different things"
+        )
+    if len(train.classes) < 2:
+        raise UserError(f"{train.path}: holds only one class ({train.classes[0]}); there is nothing to tell apart")
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if not counts.all():
+        empty = np.flatnonzero(counts == 0)
+        raise UserError(
+            f"evaluation.train_limit: leaves {len(empty)} classes of {train.path} without images, the first is "
+            f"'{train.classes[empty[0]]}'; raise it"
+        )
+
+
+def check_neighbours(ks: Sequence[int], train: LabelledSet) -> None:
+    """UserError when k neighbours are asked for and there are fewer images."""
+    if max(ks) > train.size:
+        raise UserError(f"evaluation.knn.k: {max(ks)} neighbours, but {train.path} gives {train.size} images")
+
+
+def open_pair(section: EvaluationConfig, backend: Backend) -> tuple[LabelledSet, LabelledSet]:
+    """`evaluation.train` and `evaluation.test`, checked."""
+    train = open_labelled("evaluation.train", section.train, backend, section.train_limit)
+    test = open_labelled("evaluation.test", section.test, backend, section.test_limit)
+    check_pair(train, test)
+    return train, test

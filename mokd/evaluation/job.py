@@ -1,0 +1,192 @@
+"""One call of `mokd eval`: what was asked for, checked; what of it is known already; the rest computed and written.
+
+Every rank prepares the same job and performs it together with the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline import schema
+from data_pipeline.errors import UserError
+from mokd.config import RunConfig
+from mokd.distributed import Ranks, broadcast_from_main
+from mokd.evaluation import results, tasks
+from mokd.evaluation.data import LabelledSet
+from mokd.evaluation.results import Evaluation
+from mokd.evaluation.subjects import NETWORKS, Subject, chosen, digest, from_file, from_run
+from mokd.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `mokd eval`.
+
+    source: a run directory, or a file of weights, which needs `backbone` and takes `stem`. branches: all without any.
+    name: of the result, by default the task's. again: even where the result is known.
+    """
+
+    source: Path
+    task: str = "knn"
+    network: str = "teacher"
+    branches: tuple[str, ...] = ()
+    train: Path | None = None
+    test: Path | None = None
+    overrides: tuple[str, ...] = ()
+    name: str | None = None
+    again: bool = False
+    backbone: str | None = None
+    stem: str = "default"
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process of the same job."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Request:
+        """The request that `to_json` gave."""
+        paths = {key: Path(document[key]) for key in ("source", "train", "test") if document[key] is not None}
+        lists = {key: tuple(document[key]) for key in ("branches", "overrides")}
+        return cls(**{**document, **paths, **lists})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that can be carried out. fingerprints: of all branches, of everything their results follow from."""
+
+    request: Request
+    config: RunConfig
+    directory: Path
+    subjects: list[Subject]
+    wanted: list[Subject]
+    train: LabelledSet
+    test: LabelledSet
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The result's JSON file."""
+        first = self.subjects[0]
+        name = self.request.name or self.request.task
+        return results.result_path(self.directory, name, first.network, first.step)
+
+
+def prepare(request: Request) -> Job:
+    """All checks that need no network. UserError for what cannot work."""
+    _one_of("--task", request.task, tasks.TASKS)
+    _one_of("--network", request.network, NETWORKS)
+    from_weights = request.source.is_file()
+    run = RunDirectory(request.source) if from_weights else RunDirectory.open(request.source)
+    raw = _config_for_weights(request) if from_weights else schema.read_yaml(run.config_file)
+    raw = schema.apply_overrides(raw, request.overrides)
+    tasks.place_data(raw, request.task, request.train, request.test)
+    config = schema.validate(RunConfig, raw, str(request.source if from_weights else run.config_file))
+    train, test = tasks.open_data(config, request.task)
+    subjects = from_file(request.source, config) if from_weights else from_run(run, config, request.network)
+    directory = request.source.with_name(request.source.name + ".eval") if from_weights else run.evaluations
+    settings = tasks.settings(config, request.task)
+    fingerprints = {
+        subject.name: digest(
+            task=request.task,
+            weights=subject.identity,
+            settings=settings,
+            data=[(data.fingerprint, data.limit, data.backend) for data in (train, test)],
+        )
+        for subject in subjects
+    }
+    wanted = chosen(subjects, request.branches)
+    return Job(request, config, directory, subjects, wanted, train, test, fingerprints)
+
+
+def _config_for_weights(request: Request) -> dict[str, Any]:
+    """A configuration of one branch, for a file: of a run that never trains."""
+    if request.backbone is None:
+        raise UserError(f"{request.source}: is a file; say which network its weights are of with --backbone TIMM_NAME")
+    branch = {
+        "name": re.sub(r"[^A-Za-z0-9_-]", "_", f"{request.backbone}"),
+        "backbone": request.backbone,
+        "stem": request.stem,
+        "optimizer": {"kind": "sgd", "lr": 0.0},
+    }
+    return {"name": "weights", "data": {"train": str(request.train)}, "branches": [branch]}
+
+
+def perform(job: Job, ranks: Ranks, device: torch.device) -> Evaluation:
+    """The results of the job's branches; computed are those that are not known. All ranks call it and get the same."""
+    order = [subject.name for subject in job.subjects]
+    old = broadcast_from_main(results.find(job.path) if ranks.is_main else None)
+    known = [name for name in order if old is not None and old.fingerprints.get(name) == job.fingerprints[name]]
+    if job.request.again:
+        known = [name for name in known if name not in [subject.name for subject in job.wanted]]
+    todo = [subject for subject in job.wanted if subject.name not in known]
+    evaluation = old
+    if todo:
+        parts = tasks.run(job.request.task, todo, job.train, job.test, job.config, ranks, device, job.directory)
+        evaluation = _evaluation(job, todo, parts)
+        if old is not None:
+            evaluation = results.merged(evaluation, old, known, order)
+        if ranks.is_main:
+            results.write(job.path, evaluation)
+        for state in (state for part in parts for state in part.states):
+            state.remove()
+    assert evaluation is not None
+    return evaluation
+
+
+def _evaluation(job: Job, subjects: Sequence[Subject], parts: Sequence[tasks.Outcome]) -> Evaluation:
+    labels = job.test.labels
+    records, predictions = [], {}
+    for subject, outcome in zip(subjects, parts, strict=True):
+        for i, answer in enumerate(outcome.answers):
+            top1, top5 = results.accuracy(labels, answer.classes)
+            key = f"{subject.name}/{answer.setting}={answer.value:g}"
+            predictions[key] = answer.classes[:, 0].copy()
+            records.append(
+                {
+                    "branch": subject.name,
+                    "network": subject.network,
+                    "task": job.request.task,
+                    answer.setting: answer.value,
+                    **answer.facts,
+                    "top1": top1,
+                    "top5": top5,
+                    "step": subject.step,
+                    "predictions": key,
+                    "headline": i == outcome.headline(labels),
+                }
+            )
+    first = subjects[0]
+    return Evaluation(
+        task=job.request.task,
+        network=first.network,
+        step=first.step,
+        checkpoint=first.checkpoint,
+        test=str(job.test.path),
+        images=job.test.size,
+        results=records,
+        labels=labels,
+        predictions=predictions,
+        fingerprints={subject.name: job.fingerprints[subject.name] for subject in subjects},
+    )
+
+
+def records_of(job: Job, evaluation: Evaluation) -> Evaluation:
+    """Only what was asked for: `--branch` leaves others' results in the file, but does not show them."""
+    names = [subject.name for subject in job.wanted]
+    return results.merged(
+        Evaluation(**{**evaluation.__dict__, "results": [], "predictions": {}, "fingerprints": {}}),
+        evaluation,
+        names,
+        names,
+    )
+
+
+def _one_of(option: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise UserError(f"{option}: given '{given}', expected {' or '.join(allowed)}")

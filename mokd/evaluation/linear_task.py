@@ -1,0 +1,112 @@
+"""The linear probe of `mokd eval`: on standardised features that are known, or with augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mokd.config import RunConfig
+from mokd.distributed import Ranks
+from mokd.evaluation.answers import Answer, Outcome
+from mokd.evaluation.augmented import AugmentedSource, batch_of, labelled_loader
+from mokd.evaluation.cache import Features
+from mokd.evaluation.data import LabelledSet
+from mokd.evaluation.features import Reading, gather_rows, probe_reading
+from mokd.evaluation.frozen import features_of
+from mokd.evaluation.kept_state import KeptState
+from mokd.evaluation.linear import BASE_BATCH, BLOCK, FeatureSource, Heads, Source, Standardised, train_epoch
+from mokd.evaluation.subjects import Subject, digest
+from mokd.progress import EpochLines
+
+
+def linear_task(
+    subjects: Sequence[Subject],
+    train: LabelledSet,
+    test: LabelledSet,
+    config: RunConfig,
+    ranks: Ranks,
+    device: torch.device,
+    directory: Path,
+) -> list[Outcome]:
+    """All rates of `evaluation.linear`, trained at once; ranks share them out. The most accurate is the headline."""
+    section = config.evaluation.linear
+    backbones = [subject.load() for subject in subjects]
+    readings = [probe_reading(backbone, section.last_blocks) for backbone in backbones]
+
+    def known(data: LabelledSet) -> list[Features]:
+        return features_of(subjects, readings, data, config, ranks, device, directory)
+
+    asked = known(test)
+    scales: list[Standardised] = []
+    with ExitStack() as stack:
+        source: Source
+        if section.augment:
+            batch = batch_of(section.batch, train.size, ranks)
+            loader = stack.enter_context(closing(labelled_loader(train, train.ids, batch, config, ranks, device)))
+            backbones = [backbone.to(device) for backbone in backbones]
+            source = AugmentedSource(backbones, [read for _, read in readings], loader, device)
+        else:
+            batch = min(section.batch, train.size)
+            features = known(train)
+            scales = [Standardised(part) for part in features]
+            source = FeatureSource(features, scales, torch.from_numpy(train.labels), batch, config.seed, device)
+        mine = range(ranks.rank, len(section.rates), ranks.world_size)
+        rates = [section.rates[i] * batch / BASE_BATCH for i in mine]
+        heads = [Heads(rates, part.width, len(train.classes), device) for part in asked]
+        state = KeptState(_state_path(subjects, readings, train, config, directory), is_main=ranks.is_main)
+        _train(heads, source, state, config, ranks, device)
+    outcomes = []
+    for i, own in enumerate(heads):
+        parts = [scales[i](block) if scales else block for _, block in asked[i].blocks(0, test.size, BLOCK)]
+        classes = _whole(own.classify(torch.cat(parts).to(device)), ranks, device)
+        facts = {"augment": section.augment, "features": readings[i][0]}
+        answers = [Answer("lr", lr, part.numpy(), facts) for lr, part in zip(section.rates, classes, strict=True)]
+        outcomes.append(Outcome(answers, states=[state]))
+    return outcomes
+
+
+def _train(
+    heads: Sequence[Heads], source: Source, state: KeptState, config: RunConfig, ranks: Ranks, device: torch.device
+) -> None:
+    epochs = config.evaluation.linear.epochs
+    done, tensors = state.load()
+    if done:
+        for i, own in enumerate(heads):
+            saved = {name: tensors[f"{i}.{name}"][ranks.rank :: ranks.world_size] for name in own.state_tensors()}
+            own.load_state_tensors(saved)
+    lines = EpochLines("linear probe", epochs, ranks.is_main)
+    for epoch in range(done, epochs):
+        train_epoch(heads, source, epoch, epochs)
+        everything = {
+            f"{i}.{name}": _whole(value, ranks, device)
+            for i, own in enumerate(heads)
+            for name, value in own.state_tensors().items()
+        }
+        state.save(epoch + 1, everything)
+        lines.done(epoch + 1)
+
+
+def _whole(own: Tensor, ranks: Ranks, device: torch.device) -> Tensor:
+    """Rows of all ranks, to which they were dealt in turn, back in their order."""
+    rows = gather_rows(own, device)
+    dealt = [i for rank in range(ranks.world_size) for i in range(rank, len(rows), ranks.world_size)]
+    return rows[torch.tensor(dealt).argsort()]
+
+
+def _state_path(
+    subjects: Sequence[Subject], readings: Sequence[Reading], train: LabelledSet, config: RunConfig, directory: Path
+) -> Path:
+    section = config.evaluation
+    identity = digest(
+        subjects=[subject.identity for subject in subjects],
+        readings=[name for name, _ in readings],
+        data=[train.fingerprint, train.limit, train.backend],
+        section=section.linear.model_dump(mode="json"),
+        images=[section.resize_px, section.crop_px, section.area_scale, config.views.mean, config.views.std],
+        seed=config.seed,
+    )
+    return directory / "state" / f"{identity}.safetensors"

@@ -1,0 +1,164 @@
+"""What branches have gained by learning together, from the recorded evaluations of the runs compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from mokd.bootstrap import RESAMPLES, Gain, bootstrap_gain
+from mokd.comparison import Method, Run, group
+from mokd.evaluation.results import Evaluation, read, result_path
+from mokd.metrics import read_metrics
+from mokd.run_directory import RunDirectory
+
+# (step, k-NN top-1 in percent) while training
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class BranchGain:
+    """One branch: its gain, what every run contributed, and the curves of both sides by seed."""
+
+    gain: Gain
+    runs: list[dict[str, Any]]
+    pair_curves: dict[int, Curve]
+    solo_curves: dict[int, Curve]
+
+
+@dataclass(frozen=True)
+class MethodGain:
+    """All branches of one pair configuration."""
+
+    label: str
+    branches: dict[str, BranchGain]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs against solo baselines on one task: top-1 accuracy in percent. images: how many test images."""
+
+    task: str
+    network: str
+    test: str
+    images: int
+    resamples: int
+    methods: list[MethodGain]
+    remarks: list[str]
+
+    def document(self) -> dict[str, Any]:
+        """As a JSON object; `branches` is the first method's part of `methods`."""
+        methods = [{"label": m.label, "branches": _branches(m.branches)} for m in self.methods]
+        about = {key: getattr(self, key) for key in ("task", "network", "test", "images", "resamples", "remarks")}
+        return {**about, "branches": methods[0]["branches"], "methods": methods}
+
+
+def compare(
+    runs: Sequence[Run], *, task: str, network: str, force: bool = False, resamples: int = RESAMPLES
+) -> Comparison:
+    """The gain of every branch of every pair among `runs`.
+
+    UserError in one line for runs that do not belong together or have not been evaluated.
+    """
+    methods, remarks = group(runs, force=force)
+    evaluations: dict[Path, Evaluation] = {}
+    for method in methods:
+        for side in (method.pair, *method.solo.values()):
+            evaluations |= {run.path: newest_evaluation(run.path, task, network) for run in side.values()}
+    reference = next(iter(evaluations.items()))
+    for path, evaluation in evaluations.items():
+        _check_alike(path, evaluation, *reference, force, remarks)
+    gains = [
+        MethodGain(method.label, {b: _gain(method, b, evaluations, resamples) for b in method.solo})
+        for method in methods
+    ]
+    test = reference[1]
+    return Comparison(task, network, test.test, test.images, resamples, gains, remarks)
+
+
+def newest_evaluation(run: Path, task: str, network: str) -> Evaluation:
+    """What `mokd eval` has recorded of a run's newest evaluated step; UserError with the command when nothing."""
+    folder = RunDirectory(run).evaluations
+    stem, suffix = result_path(Path(), task, network, 0).stem.removesuffix("0"), ".json"
+    steps = [path.stem.removeprefix(stem) for path in folder.glob(f"{stem}*{suffix}")]
+    numbers = [int(step) for step in steps if step.isdigit()]
+    if not numbers:
+        option = "" if network == "teacher" else f" --network {network}"
+        raise UserError(f"{run}: no {task} of the {network} on record; run: mokd eval {run} --task {task}{option}")
+    return read(result_path(folder, task, network, max(numbers)))
+
+
+def knn_curve(run: Path, branch: str) -> Curve:
+    """A branch's k-NN top-1 while training, by step; empty where the configuration asked for none."""
+    key = f"eval/{branch}/knn_top1"
+    return [(r["step"], r[key]) for r in read_metrics(RunDirectory(run).metrics_file) if r.get(key) is not None]
+
+
+def _check_alike(
+    path: Path, found: Evaluation, reference_path: Path, reference: Evaluation, force: bool, remarks: list[str]
+) -> None:
+    """Both must have answered the same questions; after as many steps, unless forced."""
+    if not np.array_equal(found.labels, reference.labels):
+        raise UserError(
+            f"compare: {path} was tested on {found.test} ({found.images} images), {reference_path} on "
+            f"{reference.test} ({reference.images} images); evaluate all on the same"
+        )
+    if found.step != reference.step:
+        problem = f"{path} was evaluated at step {found.step}, {reference_path} at step {reference.step}"
+        if not force:
+            raise UserError(f"compare: {problem}; train on, or evaluate again; --force compares them all the same")
+        remarks.append(problem)
+
+
+def _gain(method: Method, branch: str, evaluations: Mapping[Path, Evaluation], resamples: int) -> BranchGain:
+    sides = {"pair": method.pair, "solo": method.solo[branch]}
+    right = {
+        side: np.stack([_right(evaluations[run.path], branch, run.path) for run in runs.values()])
+        for side, runs in sides.items()
+    }
+    gain = bootstrap_gain(right["pair"], right["solo"], same_seeds=method.same_seeds(branch), resamples=resamples)
+    records = [
+        {"side": side, "seed": seed, "run": str(run.path), **_headline(evaluations[run.path], branch, run.path)}
+        for side, runs in sides.items()
+        for seed, run in runs.items()
+    ]
+    curves = {side: {seed: knn_curve(run.path, branch) for seed, run in runs.items()} for side, runs in sides.items()}
+    return BranchGain(gain, records, curves["pair"], curves["solo"])
+
+
+def _right(evaluation: Evaluation, branch: str, path: Path) -> np.ndarray:
+    """Which images `[M]` a branch has right."""
+    predicted = evaluation.predictions[_headline(evaluation, branch, path)["predictions"]]
+    return predicted == evaluation.labels
+
+
+def _headline(evaluation: Evaluation, branch: str, path: Path) -> dict[str, Any]:
+    record = next((r for r in evaluation.results if r["branch"] == branch and r["headline"]), None)
+    if record is None:
+        command = f"mokd eval {path} --task {evaluation.task}"
+        raise UserError(f"{path}: {evaluation.task} on record, but not of {branch}; run: {command}")
+    return {key: value for key, value in record.items() if key != "headline"}
+
+
+def _branches(branches: Mapping[str, BranchGain]) -> dict[str, Any]:
+    return {
+        name: {
+            "solo": round(b.gain.solo, 3),
+            "pair": round(b.gain.pair, 3),
+            "gain": round(b.gain.gain, 3),
+            "ci95": _rounded(b.gain.gain_ci95),
+            "solo_ci95": _rounded(b.gain.solo_ci95),
+            "pair_ci95": _rounded(b.gain.pair_ci95),
+            "seeds": {side: sorted(r["seed"] for r in b.runs if r["side"] == side) for side in ("pair", "solo")},
+            "runs": b.runs,
+        }
+        for name, b in branches.items()
+    }
+
+
+def _rounded(interval: tuple[float, float]) -> list[float]:
+    return [round(value, 3) for value in interval]
