@@ -117,8 +117,8 @@ def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Modu
             raise UserError(f"{entry}: '{config.backbone}' with {options} cannot be built: {_line(caught)}") from None
     else:
         raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them: {_line(error)}")
-    if config.stem == "cifar":
-        _use_cifar_stem(net, entry)
+    if config.stem != "default":
+        _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], entry)
     return net
 
 
@@ -222,11 +222,12 @@ def _backbone_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _use_cifar_stem(net: nn.Module, entry: str) -> None:
-    conv, pool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
-    if not isinstance(conv, nn.Conv2d) or pool is None:
-        raise UserError(f"{entry}: stem 'cifar' is for ResNets; this network has no 'conv1' and 'maxpool'")
-    stem = nn.Conv2d(3, conv.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+def _use_small_stem(net: nn.Module, stride: int, entry: str) -> None:
+    norm, pool = getattr(net, "bn1", None), getattr(net, "maxpool", None)
+    if not hasattr(net, "conv1") or not isinstance(norm, nn.BatchNorm2d) or pool is None:
+        raise UserError(f"{entry}: stems for small images are for ResNets; this network has no 'conv1' and 'maxpool'")
+    # as wide as what it replaces: a deep stem's last layer, or the only one
+    stem = nn.Conv2d(3, norm.num_features, kernel_size=3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     net.conv1, net.maxpool = stem, nn.Identity()
 

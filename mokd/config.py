@@ -60,9 +60,10 @@ class BranchConfig(StrictModel):
     name: str
     backbone: Annotated[str, Field(description="a timm model name")]
     backbone_options: dict[str, Any] = {}
-    stem: Annotated[Literal["default", "cifar"], Field(description="cifar: 3x3 stride 1, no pooling (ResNets)")] = (
-        "default"
-    )
+    stem: Annotated[
+        Literal["default", "cifar", "cifar_stride2"],
+        Field(description="ResNets on small images: one 3x3 convolution, no pooling; stride 1 or 2"),
+    ] = "default"
     init: Annotated[Path | None, Field(description="backbone weights to start from (safetensors or state dict)")] = None
     weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

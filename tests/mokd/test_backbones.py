@@ -49,6 +49,7 @@ def test_features_of_a_map_are_row_major_tokens() -> None:
 
 def test_cifar_stem_keeps_the_resolution() -> None:
     assert measure_shapes(branch("resnet18", stem="cifar"), 32, (32, 16)).grids == {32: 4, 16: 2}
+    assert measure_shapes(branch("resnet18", stem="cifar_stride2"), 32, (32, 16)).grids == {32: 2, 16: 1}
     with pytest.raises(UserError, match="for ResNets"):
         measure_shapes(branch("vit_tiny_patch16_224", stem="cifar"), 32, (32,))
 
