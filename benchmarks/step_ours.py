@@ -39,7 +39,7 @@ class Pair:
             torch.manual_seed(derive_seed(config.seed, "initial weights", branch_config.name))
             branch = self.objective.build_branch(branch_config, self.images)
             if config.execution.compile:
-                compile_branch(branch)
+                compile_branch(branch, cuda_graphs=config.execution.cuda_graphs)
             parallelise(branch, config.parallel, config.precision, device)
             branch.optimizer = BranchOptimizer(
                 branch.student, branch_config, config.optim, config.lr_scale, EPOCH_STEPS

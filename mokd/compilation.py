@@ -10,8 +10,10 @@ import torch
 from mokd.branch import Branch
 
 
-def compile_branch(branch: Branch) -> None:
+def compile_branch(branch: Branch, *, cuda_graphs: bool = False) -> None:
     """Compiles backbone and heads of student and teacher, in place, for the shapes they meet.
+
+    cuda_graphs: each is recorded and replayed as a whole; every step then begins with `begin_step`.
 
     Names of parameters stay as they are. What was compiled is kept in the user's cache directory, so a restart finds
     it there. Stochastic depth draws the numbers that it draws in eager mode.
@@ -21,4 +23,10 @@ def compile_branch(branch: Branch) -> None:
     torch._inductor.config.fallback_random = True
     for network in (branch.student, branch.teacher):
         for part in network.children():
-            part.compile(dynamic=False)
+            part.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
+
+
+def begin_step(*, cuda_graphs: bool) -> None:
+    """Outputs of the step before are not needed any more: replayed graphs may overwrite them."""
+    if cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()

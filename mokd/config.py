@@ -245,9 +245,21 @@ class ExecutionConfig(StrictModel):
     """How the step is computed: what changes its speed and memory, not its mathematics."""
 
     compile: Annotated[bool, Field(description="torch.compile of every network; the first steps take minutes")] = False
+    cuda_graphs: Annotated[bool, Field(description="with compile, on GPUs: networks are replayed as CUDA graphs")] = (
+        False
+    )
+    overlap_teachers: Annotated[
+        bool, Field(description="GPUs: the teachers run beside the first student, on a stream of their own")
+    ] = False
     recompute_logits: Annotated[
         bool | None, Field(description="compute logits twice instead of keeping them; default: on GPUs")
     ] = None
+
+    @model_validator(mode="after")
+    def _workable(self) -> ExecutionConfig:
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs: are made of compiled networks; set execution.compile to true")
+        return self
 
 
 class CheckpointConfig(StrictModel):

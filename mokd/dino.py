@@ -21,6 +21,7 @@ from mokd.network import NetworkOutput, build_network
 from mokd.prototype_loss import prototype_loss
 from mokd.prototypes import HeadOutput
 from mokd.schedules import teacher_temperature
+from mokd.side_stream import SideStream
 from mokd.targets import softmax, teacher_probabilities
 
 HEADS = ("mlp", "t_head")
@@ -38,12 +39,14 @@ class DinoObjective:
         *,
         frozen_epochs: int = 0,
         recompute_logits: bool | None = None,
+        overlap_teachers: bool = False,
     ) -> None:
         self.config = config
         self.views = views
         self.names = list(names)
         self.frozen_epochs = frozen_epochs  # in which prototypes get no gradients
         self.recompute_logits = recompute_logits
+        self._beside = SideStream(device, wanted=overlap_teachers)
         # one centre per branch and head, shared by the self and the cross terms
         self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
         # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
@@ -62,7 +65,8 @@ class DinoObjective:
         A branch's forward pass is made when its loss is asked for: differentiated at once, it leaves no activations
         behind before the next one's exist.
         """
-        teachers = self._teachers(branches, views, epoch)
+        with self._beside.begin():
+            teachers = self._teachers(branches, views, epoch)
         for i in range(len(branches)):
             yield self._loss(i, branches, teachers, views, epoch)
 
@@ -75,6 +79,7 @@ class DinoObjective:
         cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
         others = [j for j in range(len(branches)) if j != i]
         student: NetworkOutput = branch.forward_student(list(views))
+        self._beside.join()
         with torch.no_grad():
             mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), float(on.self_mlp))}
             if others and on.cross_mlp:

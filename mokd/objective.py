@@ -59,6 +59,7 @@ def build_objective(config: RunConfig, device: torch.device) -> Objective:
                 device,
                 frozen_epochs=config.optim.freeze_last_layer_epochs,
                 recompute_logits=config.execution.recompute_logits,
+                overlap_teachers=config.execution.overlap_teachers,
             )
         case ContrastiveConfig():
             return ContrastiveObjective(

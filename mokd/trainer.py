@@ -73,7 +73,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
         branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
         if self.config.execution.compile:
-            compile_branch(branch)
+            compile_branch(branch, cuda_graphs=self.config.execution.cuda_graphs)
         accumulate = self.config.optim.accumulate > 1
         parallelise(branch, self.config.parallel, self.config.precision, self.device, accumulate=accumulate)
         branch.optimizer = BranchOptimizer(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mokd.agreement import Agreement
 from mokd.branch import Branch, BranchLoss, mean_loss
+from mokd.compilation import begin_step
 from mokd.config import RunConfig
 from mokd.distributed import Ranks
 from mokd.drop_path import micro_batch
@@ -64,6 +65,7 @@ class TrainingStep:
 
     def run(self, step: int, groups: Sequence[Tensor], epoch: int) -> StepResult:
         """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`."""
+        begin_step(cuda_graphs=self.config.execution.cuda_graphs)
         losses, agreement = self._gradients(step, groups, epoch)
         stopping = self._heed(step, agreement)
         rates = self._update(step)

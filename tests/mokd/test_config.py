@@ -71,6 +71,7 @@ def test_the_papers_recipe() -> None:
         ("nme=x", "nme: unknown key; did you mean 'name'?"),
         ("name=a/b", 'name: given "a/b", letters, digits'),
         ("optim", "write it as key.path=value"),
+        ("execution.cuda_graphs=true", "set execution.compile to true"),
         ("optim.epochs.x=1", "holds a single value"),
         ("objective.prototypes=1", "prototypes: at least 2"),
         ("objective.t_head.heads=7", "does not divide by heads 7"),
