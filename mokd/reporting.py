@@ -18,6 +18,8 @@ from mokd.metrics import MetricsWriter
 from mokd.progress import TrainingProgress
 from mokd.run_directory import RunDirectory
 
+STOPPING_SECONDS = 5.0
+
 
 class _Pending(NamedTuple):
     """A logged step some of whose numbers are still on their way from the device."""
@@ -72,7 +74,7 @@ class Reporter:
         """Takes notice of a finished step; writes it when due."""
         self._step = step
         if self._ranks.is_main:
-            self._write_probe(wait=False)
+            self._write_probe(wait_seconds=0.0)
         if step % self._config.logging.every_steps and step != self._total_steps:
             return
         self._write_pending()
@@ -136,16 +138,16 @@ class Reporter:
             return
         if self._ranks.is_main:
             self._write_pending()
-            self._write_probe(wait=True)
+            self._write_probe(wait_seconds=None)
         began = time.perf_counter()
         accuracies = self._monitor.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
         if self._ranks.is_main:
             self._write_accuracies(step, "knn_top1", "k-NN", accuracies)
         self._since += time.perf_counter() - began  # not part of the training speed
 
-    def _write_probe(self, *, wait: bool) -> None:
-        """Writes the accuracies of the linear probe under way, when they are there or `wait` says to wait for them."""
-        if (result := self._monitor.probed(wait=wait)) is not None:
+    def _write_probe(self, *, wait_seconds: float | None) -> None:
+        """Writes the accuracies of the linear probe under way, when they are there within so long (None: any time)."""
+        if (result := self._monitor.probed(wait_seconds)) is not None:
             self._write_accuracies(result.step, "linear_top1", "linear probe", result.top1)
 
     def _write_accuracies(self, step: int, key: str, title: str, top1: Mapping[str, float]) -> None:
@@ -166,7 +168,8 @@ class Reporter:
         """Closes files and the progress line."""
         if self._ranks.is_main:
             self._write_pending()
-            self._write_probe(wait=True)
+            # a run that is asked to stop has little time
+            self._write_probe(wait_seconds=None if self._step == self._total_steps else STOPPING_SECONDS)
             self._progress.close()
             self._metrics.close()
 

@@ -77,11 +77,15 @@ class Monitor:
             self._thread.start()
         return best
 
-    def probed(self, *, wait: bool) -> Probed | None:
-        """The probe under way, once, when it is done or after waiting for it; None where there is none."""
-        if self._thread is None or (self._thread.is_alive() and not wait):
+    def probed(self, wait_seconds: float | None) -> Probed | None:
+        """The probe under way, once, when it is done, after waiting for it so long at most (None: as long as it takes);
+        None where there is none, or not yet.
+        """
+        if self._thread is None:
             return None
-        self._thread.join()
+        self._thread.join(wait_seconds)
+        if self._thread.is_alive():
+            return None
         result, self._thread, self._result = self._result, None, None
         return result
 

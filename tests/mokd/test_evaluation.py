@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,14 @@ import torch
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from data_pipeline import schema
 from data_pipeline.errors import UserError
 from mokd import checkpoint, state
+from mokd.backbones import build_backbone
+from mokd.config import BranchConfig
 from mokd.evaluation import finetune, frozen, linear_task, results
 from mokd.evaluation.cache import open_features
+from mokd.evaluation.features import class_tokens
 from mokd.evaluation.job import Request
 from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.results import Evaluation
@@ -23,7 +30,7 @@ from mokd.evaluation.start import evaluate
 from mokd.files import read_json
 from mokd.run_directory import EXIT_DONE, RunDirectory
 from mokd.workers import train_locally
-from tests.support import RESNET, mokd, tiny_config
+from tests.support import RESNET, ROOT, VIT, mokd, tiny_config
 
 EVALUATION = {"evaluation__resize_px": 36, "evaluation__crop_px": 32, "data__workers": 1}
 SHORT = ("evaluation.linear.epochs=4", "evaluation.semi.epochs=3", "evaluation.semi.batch=16")
@@ -199,6 +206,15 @@ def test_linear_finds_its_best_rate_and_reads_the_last_blocks(run: RunDirectory)
     }
 
 
+def test_the_class_token_of_the_last_block_is_the_pooled_feature() -> None:
+    branch = schema.validate(BranchConfig, VIT, "branch")
+    backbone = build_backbone(branch, 32, drop_path=0.0, images_per_rank=2).eval()
+    images = torch.randn(2, 3, 32, 32)
+    both = class_tokens(backbone, images, blocks=2)
+    assert both.shape == (2, 48)
+    torch.testing.assert_close(both[:, 24:], backbone(images).pooled)
+
+
 def test_a_file_is_evaluated_as_the_run_that_it_is_of(run: RunDirectory, beton: Path, tmp_path: Path) -> None:
     found = checkpoint.newest(run)
     assert found is not None
@@ -237,13 +253,16 @@ def v0(tensors: dict[str, Any]) -> Any:
 
 
 def test_the_command_line_prints_one_object_or_a_table(run: RunDirectory) -> None:
-    from json import loads
-
     short = [item for override in SHORT for item in ("--set", override)]
     printed = mokd("eval", run.path, "--task", "linear", "--branch", "vit", "--nproc", "2", "--json", *short)
     assert printed.returncode == 0, printed.stderr
     document = loads(printed.stdout)
     assert {r["branch"] for r in document["results"]} == {"vit"}
     assert {"task", "network", "step", "checkpoint", "test", "images", "results"} <= document.keys()
+    # two ranks that a launcher has started: the first prints
+    command = [sys.executable, "-m", "launcher.cli", "eval", str(run.path), "--json"]
+    program = f"import sys; from mokd.workers import supervise; sys.exit(supervise({command!r}, 2))"
+    started = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [r["k"] for r in loads(started.stdout)["results"]] == [10, 20, 30] * 2
     table = mokd("eval", run.path, "--task", "linear", "--branch", "vit", *short)
     assert "class tokens of 2" in table.stdout

@@ -21,7 +21,7 @@ from mokd.evaluation.results import Evaluation
 from mokd.evaluation.start import evaluate
 from mokd.files import read_json
 from mokd.run_directory import RunDirectory
-from tests.support import RESNET, tiny_config
+from tests.support import RESNET, ROOT, tiny_config
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 PER_CLASS = {"train": 300, "test": 100}
