@@ -259,10 +259,12 @@ def test_the_command_line_prints_one_object_or_a_table(run: RunDirectory) -> Non
     document = loads(printed.stdout)
     assert {r["branch"] for r in document["results"]} == {"vit"}
     assert {"task", "network", "step", "checkpoint", "test", "images", "results"} <= document.keys()
-    # two ranks that a launcher has started: the first prints
+    table = mokd("eval", run.path, "--task", "linear", "--branch", "vit", *short)
+    assert "class tokens of 2" in table.stdout
+
+
+def test_ranks_that_a_launcher_has_started_print_once(run: RunDirectory) -> None:
     command = [sys.executable, "-m", "launcher.cli", "eval", str(run.path), "--json"]
     program = f"import sys; from mokd.workers import supervise; sys.exit(supervise({command!r}, 2))"
     started = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [r["k"] for r in loads(started.stdout)["results"]] == [10, 20, 30] * 2
-    table = mokd("eval", run.path, "--task", "linear", "--branch", "vit", *short)
-    assert "class tokens of 2" in table.stdout
