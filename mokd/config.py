@@ -294,7 +294,7 @@ class LinearConfig(StrictModel):
     batch: PositiveInt = 256
     rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, description="for a batch of 256")] = (
         *(0.001, 0.003, 0.01, 0.03),
-        *(0.1, 0.3, 1.0),
+        *(0.1, 0.3, 1.0, 3.0, 10.0),
     )
     augment: Annotated[
         bool,

@@ -7,6 +7,7 @@ import sys
 from data_pipeline.errors import UserError
 from data_pipeline.loader import count_samples
 from mokd.config import RunConfig
+from mokd.evaluation.data import check_neighbours, open_pair
 
 
 def images_per_rank(config: RunConfig, world_size: int) -> int:
@@ -44,9 +45,8 @@ def check(config: RunConfig, world_size: int) -> None:
     if per_rank // config.optim.accumulate < 2 and world_size == 1:
         raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")
     if config.evaluation.every_epochs:
-        for path in (config.evaluation.train, config.evaluation.test):
-            assert path is not None
-            count_samples(path, config.data.backend)
+        train, _ = open_pair(config.evaluation, config.data.backend)
+        check_neighbours(config.evaluation.knn.k, train)
     _check_networks(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ import torch
 from mokd.branch import Branch, BranchLoss
 from mokd.config import RunConfig
 from mokd.distributed import Ranks, all_reduce_sum
-from mokd.evaluation.monitor import knn_top1
+from mokd.evaluation.monitor import Monitor
 from mokd.host_copy import HostCopy
 from mokd.metrics import MetricsWriter
 from mokd.progress import TrainingProgress
 from mokd.run_directory import RunDirectory
+
+STOPPING_SECONDS = 5.0
 
 
 class _Pending(NamedTuple):
@@ -50,6 +52,7 @@ class Reporter:
         self._total_steps = total_steps
         self._restart_clock(step)
         self._pending: _Pending | None = None
+        self._monitor = Monitor(config, ranks, device)
         if ranks.is_main:
             self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
             self._progress = TrainingProgress(total_steps, step)
@@ -70,6 +73,8 @@ class Reporter:
     ) -> None:
         """Takes notice of a finished step; writes it when due."""
         self._step = step
+        if self._ranks.is_main:
+            self._write_probe(wait_seconds=0.0)
         if step % self._config.logging.every_steps and step != self._total_steps:
             return
         self._write_pending()
@@ -125,20 +130,30 @@ class Reporter:
         self._status(epoch=int(values["epoch"]), images_per_second=values["images_per_second"])
 
     def evaluate(self, branches: Sequence[Branch], step: int) -> None:
-        """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part."""
+        """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part.
+
+        A linear probe on the same features goes on in a thread of the first rank and is written when it is there.
+        """
         if self._config.evaluation.every_epochs is None:
             return
         if self._ranks.is_main:
             self._write_pending()
+            self._write_probe(wait_seconds=None)
         began = time.perf_counter()
-        backbones = [branch.whole_teacher_backbone() for branch in branches]
-        accuracies = knn_top1(backbones, self._config, self._ranks, self._device)
+        accuracies = self._monitor.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
         if self._ranks.is_main:
-            best = {f"eval/{b.name}/knn_top1": top1 for b, top1 in zip(branches, accuracies, strict=True)}
-            self._metrics.write({"step": step, **best})
-            shown = "  ".join(f"{key.split('/')[1]} {value:.1f}%" for key, value in best.items())
-            self._progress.say(f"step {step}  k-NN top-1  {shown}")
+            self._write_accuracies(step, "knn_top1", "k-NN", accuracies)
         self._since += time.perf_counter() - began  # not part of the training speed
+
+    def _write_probe(self, *, wait_seconds: float | None) -> None:
+        """Writes the accuracies of the linear probe under way, when they are there within so long (None: any time)."""
+        if (result := self._monitor.probed(wait_seconds)) is not None:
+            self._write_accuracies(result.step, "linear_top1", "linear probe", result.top1)
+
+    def _write_accuracies(self, step: int, key: str, title: str, top1: Mapping[str, float]) -> None:
+        self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
+        shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
+        self._progress.say(f"step {step}  {title} top-1  {shown}")
 
     def saved(self, step: int) -> None:
         """Notes the newest published checkpoint; the saver calls it, once that is durable."""
@@ -153,6 +168,8 @@ class Reporter:
         """Closes files and the progress line."""
         if self._ranks.is_main:
             self._write_pending()
+            # a run that is asked to stop has little time
+            self._write_probe(wait_seconds=None if self._step == self._total_steps else STOPPING_SECONDS)
             self._progress.close()
             self._metrics.close()
 

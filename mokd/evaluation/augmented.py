@@ -37,8 +37,8 @@ def one_view(config: RunConfig) -> ViewsConfig:
 def batch_of(wanted: int, images: int, ranks: Ranks) -> int:
     """The global batch: what is wanted, but no more than there are images, in equal parts for the ranks. UserError."""
     batch = min(wanted, images) // ranks.world_size * ranks.world_size
-    if not batch:
-        raise UserError(f"--nproc: {ranks.world_size} ranks, but only {images} images to train on")
+    if batch < 2:  # BatchNorm has no variance over one image
+        raise UserError(f"{images} images to train on are too few for {ranks.world_size} ranks; use a larger fraction")
     return batch
 
 

@@ -143,14 +143,14 @@ class CacheWriter:
 
 
 def prune(folder: Path, step: int, slots: Collection[str]) -> None:
-    """Removes the features of other steps than `step` and those whose `slot` is about to be filled anew, and what
-    evaluations that were cut off a day ago have left.
+    """Removes the features of other steps than `step`, not those of untrained networks (step 0), those whose `slot`
+    is about to be filled anew, and what evaluations that were cut off a day ago have left.
     """
     for path in folder.glob("*"):
         index = read_json(path / "index.json")
         hidden = path.name.startswith(".")
         if hidden and time.time() - path.stat().st_mtime < LEFTOVER_SECONDS:
             continue
-        current = isinstance(index, dict) and index.get("step") == step and index.get("slot") not in slots
+        current = isinstance(index, dict) and (step == 0 or index["step"] in (0, step)) and index["slot"] not in slots
         if hidden or not current:
             shutil.rmtree(path, ignore_errors=True)

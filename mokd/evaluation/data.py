@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Backend, check_path
 from data_pipeline.order import Int64Array, subset
-from data_pipeline.samples import open_samples
+from data_pipeline.samples import Samples, open_samples
 from mokd.config import EvaluationConfig
 
 
@@ -24,8 +25,17 @@ class LabelledSet:
     limit: int | None
     ids: Int64Array
     labels: Int64Array
-    classes: tuple[str, ...]
-    fingerprint: str
+    samples: Samples
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label."""
+        return self.samples.classes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all the data set's images and labels."""
+        return self.samples.fingerprint()
 
     @property
     def size(self) -> int:
@@ -51,7 +61,7 @@ def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | No
     labels = samples.labels[ids]
     if not samples.classes or (labels < 0).any():
         raise UserError(f"{key}: {path} holds images without label; evaluation needs folders named after classes")
-    return LabelledSet(path, backend, limit, ids, labels, samples.classes, samples.fingerprint())
+    return LabelledSet(path, backend, limit, ids, labels, samples)
 
 
 def check_pair(train: LabelledSet, test: LabelledSet) -> None:

@@ -115,7 +115,7 @@ class FineTuning:
             data=[train.fingerprint, train.backend, ids.tolist()],
             section=section.model_dump(mode="json"),
             crops=[config.evaluation.crop_px, config.evaluation.area_scale, config.views.mean, config.views.std],
-            seed=config.seed,
+            arithmetic=[config.seed, self._precision.compute],
         )
         self.state = KeptState(directory / "state" / f"{identity}.safetensors", is_main=ranks.is_main)
 

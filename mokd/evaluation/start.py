@@ -35,11 +35,11 @@ def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
         return (records_of(job, results.read(job.path)) if status == EXIT_DONE else None), status
     try:
         job = prepare(request)
-    except UserError:
+        evaluation = _as_rank(job)
+    except UserError:  # the same on all ranks
         if ranks.is_main:
             raise
         return None, EXIT_USER
-    evaluation = _as_rank(job)
     return (records_of(job, evaluation) if ranks.is_main else None), EXIT_DONE
 
 

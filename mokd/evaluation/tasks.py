@@ -52,6 +52,8 @@ def settings(config: RunConfig, task: str) -> dict[str, Any]:
     if task != "knn":
         keys.append("area_scale")
         images["seed"] = config.seed
+    if task in ("semi", "transfer"):
+        images["precision"] = config.precision.compute
     return {**images, **{key: section[key] for key in keys}}
 
 
