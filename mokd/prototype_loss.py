@@ -30,23 +30,36 @@ _GRANULE = 256
 
 
 class Kernels(Protocol):
-    """What is done to a block of logits: see `mokd.prototype_blocks`. BY_PROTOTYPE: how it should lie in memory."""
+    """What is done to a block of logits: see `mokd.prototype_blocks`.
+
+    BY_PROTOTYPE: how it should lie in memory. TAKES_SCALE: rather scales logits and gradients than be given products
+    with scaled weights.
+    """
 
     BY_PROTOTYPE: bool
+    TAKES_SCALE: bool
 
     def observe(
-        self, z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float = 1.0
+        self, z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Takes notice of logits."""
         ...
 
     def gradient(
-        self, x: Tensor, factor: Tensor, cuts: Sequence[Cut], dtype: torch.dtype, largest: Tensor | None = None
+        self,
+        x: Tensor,
+        factor: Tensor,
+        cuts: Sequence[Cut],
+        dtype: torch.dtype,
+        largest: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """The gradient towards them."""
         ...
 
-    def through_norm(self, towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float) -> Tensor:
+    def through_norm(
+        self, towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float, *, scaled: bool = False
+    ) -> Tensor:
         """From gradients towards weights to those towards directions and gains."""
         ...
 
@@ -173,7 +186,7 @@ class _ByPrototypes:
     """Rows and prototypes, in blocks of prototypes: a first pass finds L, a second one the gradients.
 
     Between the two, exponentials of all logits are kept, or the logits are computed again. The logits of a block are
-    `s w^T / temperature`.
+    `s w^T / temperature`, with `w = g v / |v|`.
     """
 
     def __init__(
@@ -196,7 +209,13 @@ class _ByPrototypes:
         step = _block_size(count, prototypes, rows.device, self.accumulator.itemsize)
         self.blocks = [(start, min(start + step, prototypes)) for start in range(0, prototypes, step)]
         self.memory = empty([count * (step if recompute else prototypes)], self.accumulator, rows.device)
-        self.scaled = torch.empty(step, weight.direction.shape[1], dtype=self.dtype, device=rows.device)
+        # either the logits are scaled, by `g / |v| / temperature` of every prototype, or the directions are, block by
+        # block; a gain of zero would hide its own gradient from the first way
+        self.scale: Tensor | None = None
+        if kernels.TAKES_SCALE and weight.direction.dtype == self.dtype and bool((weight.gain != 0.0).all()):
+            self.scale = weight.scale(slice(None), self.inverse_temp).flatten()
+        else:
+            self.scaled = torch.empty(step, weight.direction.shape[1], dtype=self.dtype, device=rows.device)
         self.seen: list[Tensor] = []  # the largest logit of every row, by block
 
     def observe(self) -> None:
@@ -204,7 +223,9 @@ class _ByPrototypes:
         sums = []
         for start, stop in self.blocks:
             z = self._logits(start, stop, self._weight(start, stop))
-            largest, total = self.kernels.observe(z, self.terms.cut((..., slice(start, stop)), 1.0), self.terms.dots)
+            scale = 1.0 if self.scale is None else self.scale[start:stop]
+            cuts = self.terms.cut((..., slice(start, stop)), 1.0)
+            largest, total = self.kernels.observe(z, cuts, self.terms.dots, None, scale)
             self.seen.append(largest)
             sums.append(total)
         self.log_z = (torch.cat(self.seen, dim=-1) + torch.cat(sums, dim=-1).log_()).logsumexp(dim=-1)
@@ -213,7 +234,8 @@ class _ByPrototypes:
         """The second pass: the gradients towards rows, direction and gain."""
         v, g, norm = self.weight
         boost = self._boost()
-        unit = self.inverse_temp / boost
+        scaled = self.scale is not None
+        unit = 1.0 / boost if scaled else self.inverse_temp / boost
         mass = self.terms.mass_of_rows(boost, self.log_z)
         out_rows = torch.zeros_like(self.rows, dtype=self.accumulator)
         part = torch.empty_like(out_rows)
@@ -224,20 +246,24 @@ class _ByPrototypes:
             x = self._logits(start, stop, weight) if self.recompute else self._memory(start, stop)
             factor = (largest - self.log_z.unsqueeze(-1)).exp_().mul_(mass)
             cuts = self.terms.cut((..., slice(start, stop)), boost)
-            towards_z = self.kernels.gradient(x, factor, cuts, self.dtype, largest if self.recompute else None)
-            towards_z = towards_z.flatten(0, 1)
+            scale = None if self.scale is None else self.scale[start:stop]
+            given = (largest if self.recompute else None, scale)
+            towards_z = self.kernels.gradient(x, factor, cuts, self.dtype, *given).flatten(0, 1)
             product(towards_z, weight, out=part)
             out_rows += part
             if out_v is None:
                 continue
             product(towards_z.T, self.rows, out=out_v[start:stop])
             parameters = (v[start:stop], norm[start:stop], g[start:stop])
-            towards_g = self.kernels.through_norm(out_v[start:stop], *parameters, unit)
+            towards_g = self.kernels.through_norm(out_v[start:stop], *parameters, unit, scaled=scaled)
             if out_g is not None:
                 out_g[start:stop] = towards_g
         return out_rows.div_(boost).to(self.row_type).view(self.shape), out_v, out_g
 
     def _weight(self, start: int, stop: int) -> Tensor:
+        """What rows are multiplied with."""
+        if self.scale is not None:
+            return self.weight.direction[start:stop]
         return self.weight.scaled_block(start, stop, self.inverse_temp, out=self.scaled)
 
     def _logits(self, start: int, stop: int, weight: Tensor) -> Tensor:

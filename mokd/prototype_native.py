@@ -20,6 +20,7 @@ from mokd import prototype_blocks
 from mokd.losses import Cut
 
 BY_PROTOTYPE = True
+TAKES_SCALE = True
 _TILE = 256
 log = logging.getLogger(__name__)
 
@@ -55,16 +56,16 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, long, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     shape = [long, long, long]
-    library.mokd_observe.argtypes = [pointer, pointer, *shape, real, pointer, pointer, long, long, *[pointer] * 3]
-    library.mokd_gradient.argtypes = [pointer, *shape, pointer, pointer, pointer, long, long]
-    library.mokd_through_norm.argtypes = [*[pointer] * 5, long, long, real]
+    library.mokd_observe.argtypes = [pointer, pointer, *shape, real, *[pointer] * 3, long, long, *[pointer] * 3]
+    library.mokd_gradient.argtypes = [pointer, *shape, *[pointer] * 4, long, long]
+    library.mokd_through_norm.argtypes = [*[pointer] * 5, long, long, real, ctypes.c_int32]
     for function in (library.mokd_observe, library.mokd_gradient, library.mokd_through_norm):
         function.restype = None
     return library
 
 
 def observe(
-    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float = 1.0
+    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     """As `prototype_blocks.observe`; rows are cut into tiles."""
     raw = z if raw is None else raw
@@ -74,28 +75,35 @@ def observe(
 
 
 def gradient(
-    x: Tensor, factor: Tensor, cuts: Sequence[Cut], dtype: torch.dtype, largest: Tensor | None = None
+    x: Tensor,
+    factor: Tensor,
+    cuts: Sequence[Cut],
+    dtype: torch.dtype,
+    largest: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """As `prototype_blocks.gradient`."""
     if not _fits(x, cuts) or dtype != x.dtype:
-        return prototype_blocks.gradient(x, factor, cuts, dtype, largest)
+        return prototype_blocks.gradient(x, factor, cuts, dtype, largest, scale)
     library = _library()
     assert library is not None
     views, batch, count = x.shape
     factor, largest = _by_tile(factor), None if largest is None else _by_tile(largest)
-    place = None if largest is None else largest.data_ptr()
-    library.mokd_gradient(x.data_ptr(), count, views, batch, factor.data_ptr(), place, *_terms(cuts), _TILE)
+    optional = (_address(largest), _address(scale))
+    library.mokd_gradient(x.data_ptr(), count, views, batch, factor.data_ptr(), *optional, *_terms(cuts), _TILE)
     return x
 
 
-def through_norm(towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float) -> Tensor:
+def through_norm(
+    towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float, *, scaled: bool = False
+) -> Tensor:
     """As `prototype_blocks.through_norm`."""
     library = _library()
     tensors = (towards, direction, norm, gain)
     if library is None or not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
-        return prototype_blocks.through_norm(towards, direction, norm, gain, unit)
+        return prototype_blocks.through_norm(towards, direction, norm, gain, unit, scaled=scaled)
     towards_gain = torch.empty_like(gain)
-    library.mokd_through_norm(*(t.data_ptr() for t in (*tensors, towards_gain)), *towards.shape, unit)
+    library.mokd_through_norm(*(t.data_ptr() for t in (*tensors, towards_gain)), *towards.shape, unit, scaled)
     return towards_gain
 
 
@@ -117,7 +125,7 @@ def by_prototype(z: Tensor) -> bool:
 
 
 def _observe(
-    logits: Tensor, out: Tensor, scale: float, offset: Tensor | None, cuts: Sequence[Cut], dots: Tensor
+    logits: Tensor, out: Tensor, scale: float | Tensor, offset: Tensor | None, cuts: Sequence[Cut], dots: Tensor
 ) -> tuple[Tensor, Tensor]:
     library = _library()
     assert library is not None
@@ -125,10 +133,21 @@ def _observe(
     tiles = -(-count // _TILE)
     largest, total = (torch.empty(tiles, views, batch).permute(1, 2, 0) for _ in range(2))
     partial = torch.empty(tiles, len(cuts), dtype=torch.float64)
-    offset_at = None if offset is None else offset.data_ptr()
+    scales = (1.0, _address(scale)) if isinstance(scale, Tensor) else (scale, None)
     results = (largest.data_ptr(), total.data_ptr(), partial.data_ptr())
     library.mokd_observe(
-        *(logits.data_ptr(), out.data_ptr(), count, views, batch, scale, offset_at, *_terms(cuts), _TILE, *results)
+        *(
+            logits.data_ptr(),
+            out.data_ptr(),
+            count,
+            views,
+            batch,
+            *scales,
+            _address(offset),
+            *_terms(cuts),
+            _TILE,
+            *results,
+        )
     )
     if cuts:
         dots += partial.sum(dim=0)
@@ -141,6 +160,11 @@ def _terms(cuts: Sequence[Cut]) -> tuple[ctypes.Array[_Term], int]:
         for cut in cuts
     ]
     return (_Term * len(described))(*described), len(described)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _by_tile(values: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from mokd import prototype_blocks
 from mokd.losses import Cut
 
 BY_PROTOTYPE = False
+TAKES_SCALE = False
 _TILE = 1024
 
 
 def observe(
-    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float = 1.0
+    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     """As `prototype_blocks.observe`; rows are cut into tiles."""
     if raw is not None:
@@ -45,11 +46,16 @@ def observe(
 
 
 def gradient(
-    x: Tensor, factor: Tensor, cuts: Sequence[Cut], dtype: torch.dtype, largest: Tensor | None = None
+    x: Tensor,
+    factor: Tensor,
+    cuts: Sequence[Cut],
+    dtype: torch.dtype,
+    largest: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """As `prototype_blocks.gradient`."""
-    if not _fits(cuts):
-        return prototype_blocks.gradient(x, factor, cuts, dtype, largest)
+    if scale is not None or not _fits(cuts):
+        return prototype_blocks.gradient(x, factor, cuts, dtype, largest, scale)
     views, batch, count = x.shape
     tiles = factor.shape[-1]
     out = x if dtype == x.dtype else torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -27,9 +27,14 @@ class PrototypeWeight(NamedTuple):
     norm: Tensor
 
     @torch.no_grad()
+    def scale(self, part: slice, factor: float) -> Tensor:
+        """`factor * g / |v|` `[k, 1]` of some prototypes."""
+        return self.gain[part] / self.norm[part] * factor
+
+    @torch.no_grad()
     def scaled_block(self, start: int, stop: int, factor: float, out: Tensor) -> Tensor:
         """`factor * w` of some prototypes, in the memory and type of the first rows of `out`; no gradient."""
-        scale = self.gain[start:stop] / self.norm[start:stop] * factor
+        scale = self.scale(slice(start, stop), factor)
         return torch.mul(self.direction[start:stop], scale, out=out[: stop - start])
 
 
@@ -48,13 +53,17 @@ class HeadOutput(NamedTuple):
         on_cpu = rows.device.type == "cpu"
         memory = empty([rows.shape[0] * count], accumulator, rows.device)
         out = logits_in(memory, *self.rows.shape[:2], by_prototype=on_cpu)
-        step = min(_BLOCK_ROWS, count) if on_cpu else count
-        scaled = torch.empty(step, rows.shape[1], dtype=dtype, device=rows.device)
+        flat, weight = out.flatten(0, 1), self.prototypes
         with torch.autocast(rows.device.type, enabled=False):
-            for start in range(0, count, step):
-                stop = min(start + step, count)
-                weight = self.prototypes.scaled_block(start, stop, 1.0 / temperature, out=scaled)
-                product(rows, weight.T, out=out.flatten(0, 1)[:, start:stop])
+            if not on_cpu:
+                scaled = torch.empty(weight.direction.shape, dtype=dtype, device=rows.device)
+                product(rows, weight.scaled_block(0, count, 1.0 / temperature, out=scaled).T, out=flat)
+                return out
+            # rows are few: it is less work to scale the logits than the directions
+            for start in range(0, count, _BLOCK_ROWS):
+                part = slice(start, min(start + _BLOCK_ROWS, count))
+                product(rows, weight.direction[part].to(dtype).T, out=flat[:, part])
+                flat[:, part].mul_(weight.scale(part, 1.0 / temperature).T)
         return out
 
 

@@ -68,7 +68,7 @@ inline __attribute__((always_inline)) void sum_of_views(const float* p, int64_t 
 
 FOR_EVERY_PROCESSOR
 void observe_tile(const float* in, float* x, int64_t count, int64_t views, int64_t batch, float scale,
-                  const float* offset, const Term* terms, int64_t n_terms, int64_t start, float* largest, float* total,
+                  const float* scales, const float* offset, const Term* terms, int64_t n_terms, int64_t start, float* largest, float* total,
                   double* dots, float* scratch) {
     const int64_t rows = views * batch;
     float *all = scratch, *targets = all + batch, *dot = targets + batch;  // [B], [B], [n_terms, R]
@@ -78,10 +78,10 @@ void observe_tile(const float* in, float* x, int64_t count, int64_t views, int64
     for (int64_t k = 0; k < count; k++) {
         const float* from = in + k * rows;
         float* z = x + k * rows;
-        const float shift = offset ? offset[k] : 0.0f;
+        const float shift = offset ? offset[k] : 0.0f, times = scales ? scale * scales[k] : scale;
         LANES
         for (int64_t r = 0; r < rows; r++) {
-            const float value = (from[r] - shift) * scale;
+            const float value = (from[r] - shift) * times;
             z[r] = value;
             largest[r] = value > largest[r] ? value : largest[r];
         }
@@ -123,14 +123,15 @@ void observe_tile(const float* in, float* x, int64_t count, int64_t views, int64
 
 FOR_EVERY_PROCESSOR
 void gradient_tile(float* x, int64_t count, int64_t views, int64_t batch, const float* factor, const float* largest,
-                   const Term* terms, int64_t n_terms, int64_t start, float* scratch) {
+                   const float* scales, const Term* terms, int64_t n_terms, int64_t start, float* scratch) {
     const int64_t rows = views * batch;
     float *targets = scratch, *sum = targets + rows;  // [R], [B]
     for (int64_t k = 0; k < count; k++) {
         float* g = x + k * rows;
+        const float times = scales ? scales[k] : 1.0f;
         if (largest)
             LANES
-            for (int64_t r = 0; r < rows; r++) g[r] = exp_of(g[r] - largest[r]);
+            for (int64_t r = 0; r < rows; r++) g[r] = exp_of(g[r] * times - largest[r]);
         int64_t teachers = 0;
         for (int64_t i = 0; i < n_terms; i++) {
             const Term& t = terms[i];
@@ -163,12 +164,15 @@ void gradient_tile(float* x, int64_t count, int64_t views, int64_t batch, const 
             LANES
             for (int64_t r = 0; r < t.views * batch; r++) met[r] -= t.factor * p[r];
         }
+        if (scales)
+            LANES
+            for (int64_t r = 0; r < rows; r++) g[r] *= times;
     }
 }
 
 FOR_EVERY_PROCESSOR
 void through_norm_tile(float* towards, const float* direction, const float* norm, const float* gain, float* out_gain,
-                       int64_t count, int64_t width, float unit) {
+                       int64_t count, int64_t width, float unit, bool scaled) {
     for (int64_t k = 0; k < count; k++) {
         float* g = towards + k * width;
         const float* v = direction + k * width;
@@ -179,9 +183,8 @@ void through_norm_tile(float* towards, const float* direction, const float* norm
         float radial = 0.0f;
         for (; c < width; c++) radial += g[c] * v[c];
         for (int j = 0; j < 16; j++) radial += lane[j];
-        radial /= norm[k];
-        if (out_gain) out_gain[k] = radial * unit;
-        const float along = radial / norm[k], length = gain[k] / norm[k] * unit;
+        const float along = radial / (norm[k] * norm[k]), length = scaled ? unit : gain[k] / norm[k] * unit;
+        if (out_gain) out_gain[k] = radial / (scaled ? gain[k] : norm[k]) * unit;
         LANES
         for (c = 0; c < width; c++) g[c] = (g[c] - along * v[c]) * length;
     }
@@ -189,10 +192,10 @@ void through_norm_tile(float* towards, const float* direction, const float* norm
 
 }  // namespace
 
-// x `[count, V, B]` becomes exp((in - offset) * scale - largest) by tile; largest, total `[tiles, V, B]`, dots
-// `[tiles, n_terms]`. in may be x; offset `[count]` or null.
+// x `[count, V, B]` becomes exp((in - offset) * scale * scales - largest) by tile; largest, total `[tiles, V, B]`, dots
+// `[tiles, n_terms]`. in may be x; scales, offset `[count]` or null.
 EXPORT void mokd_observe(const float* in, float* x, int64_t count, int64_t views, int64_t batch, float scale,
-                         const float* offset, const Term* terms, int64_t n_terms, int64_t tile, float* largest,
+                         const float* scales, const float* offset, const Term* terms, int64_t n_terms, int64_t tile, float* largest,
                          float* total, double* dots) {
     const int64_t rows = views * batch, tiles = (count + tile - 1) / tile;
 #pragma omp parallel
@@ -202,15 +205,17 @@ EXPORT void mokd_observe(const float* in, float* x, int64_t count, int64_t views
         for (int64_t i = 0; i < tiles; i++) {
             const int64_t start = i * tile;
             observe_tile(in + start * rows, x + start * rows, std::min(tile, count - start), views, batch, scale,
-                         offset ? offset + start : nullptr, terms, n_terms, start, largest + i * rows, total + i * rows,
+                         scales ? scales + start : nullptr, offset ? offset + start : nullptr, terms, n_terms, start, largest + i * rows, total + i * rows,
                          dots + i * n_terms, scratch.data());
         }
     }
 }
 
-// x `[count, V, B]` becomes x * factor less all targets; with `largest`, exp(x - largest) takes the place of x.
+// x `[count, V, B]` becomes x * factor less all targets, times `scales` `[count]` where given; with `largest`,
+// exp(x * scales - largest) takes the place of x.
 EXPORT void mokd_gradient(float* x, int64_t count, int64_t views, int64_t batch, const float* factor,
-                          const float* largest, const Term* terms, int64_t n_terms, int64_t tile) {
+                          const float* largest, const float* scales, const Term* terms, int64_t n_terms,
+                          int64_t tile) {
     const int64_t rows = views * batch, tiles = (count + tile - 1) / tile;
     int64_t teachers = views;
     for (int64_t i = 0; i < n_terms; i++) teachers = std::max(teachers, terms[i].views);
@@ -221,19 +226,20 @@ EXPORT void mokd_gradient(float* x, int64_t count, int64_t views, int64_t batch,
         for (int64_t i = 0; i < tiles; i++) {
             const int64_t start = i * tile;
             gradient_tile(x + start * rows, std::min(tile, count - start), views, batch, factor + i * rows,
-                          largest ? largest + i * rows : nullptr, terms, n_terms, start, scratch.data());
+                          largest ? largest + i * rows : nullptr, scales ? scales + start : nullptr, terms, n_terms, start, scratch.data());
         }
     }
 }
 
 // Gradients towards weights w = g v / |v| `[count, C]` become those towards v; out_gain `[count]` or null: towards g.
+// scaled: they have been multiplied by g / |v| already.
 EXPORT void mokd_through_norm(float* towards, const float* direction, const float* norm, const float* gain,
-                              float* out_gain, int64_t count, int64_t width, float unit) {
+                              float* out_gain, int64_t count, int64_t width, float unit, int32_t scaled) {
     const int64_t tile = 256, tiles = (count + tile - 1) / tile;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t start = i * tile;
         through_norm_tile(towards + start * width, direction + start * width, norm + start, gain + start,
-                          out_gain ? out_gain + start : nullptr, std::min(tile, count - start), width, unit);
+                          out_gain ? out_gain + start : nullptr, std::min(tile, count - start), width, unit, scaled);
     }
 }
