@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mokd import prototype_blocks, prototype_native
+from mokd import cpu_products, prototype_blocks, prototype_native
 from mokd.losses import Cut, Target, at_least_fp32
 from mokd.prototypes import HeadOutput, PrototypeWeight, logits_in, product, product_types
 from mokd.scratch import empty
 
 # Logits per block: on a CPU few enough for the last-level cache, but not fewer, or threads meet too often; on a GPU
-_CPU_BLOCK_BYTES_PER_THREAD = 2560 << 10
+_CPU_BLOCK_BYTES_PER_THREAD = 1280 << 10
 _GPU_BLOCK_BYTES = 64 << 20
 _GRANULE = 256
 
@@ -216,16 +216,18 @@ class _ByPrototypes:
             self.scale = weight.scale(slice(None), self.inverse_temp).flatten()
         else:
             self.scaled = torch.empty(step, weight.direction.shape[1], dtype=self.dtype, device=rows.device)
+        self.by_convolution = kernels.BY_PROTOTYPE and cpu_products.suits(self.rows, weight.direction)
         self.seen: list[Tensor] = []  # the largest logit of every row, by block
 
     def observe(self) -> None:
         """The first pass: L of every row `[V, B]`, and the terms' dot products."""
         sums = []
         for start, stop in self.blocks:
-            z = self._logits(start, stop, self._weight(start, stop))
+            z, raw = self._memory(start, stop), self._logits(start, stop, self._weight(start, stop))
             scale = 1.0 if self.scale is None else self.scale[start:stop]
             cuts = self.terms.cut((..., slice(start, stop)), 1.0)
-            largest, total = self.kernels.observe(z, cuts, self.terms.dots, None, scale)
+            given = None if raw.data_ptr() == z.data_ptr() else raw
+            largest, total = self.kernels.observe(z, cuts, self.terms.dots, given, scale)
             self.seen.append(largest)
             sums.append(total)
         self.log_z = (torch.cat(self.seen, dim=-1) + torch.cat(sums, dim=-1).log_()).logsumexp(dim=-1)
@@ -249,11 +251,19 @@ class _ByPrototypes:
             scale = None if self.scale is None else self.scale[start:stop]
             given = (largest if self.recompute else None, scale)
             towards_z = self.kernels.gradient(x, factor, cuts, self.dtype, *given).flatten(0, 1)
-            product(towards_z, weight, out=part)
+            if self.by_convolution:
+                wanted = out_v is not None
+                part, towards_v = cpu_products.gradients(towards_z.T, self.rows, weight, for_directions=wanted)
+            else:
+                product(towards_z, weight, out=part)
             out_rows += part
             if out_v is None:
                 continue
-            product(towards_z.T, self.rows, out=out_v[start:stop])
+            if self.by_convolution:
+                assert towards_v is not None
+                out_v[start:stop] = towards_v
+            else:
+                product(towards_z.T, self.rows, out=out_v[start:stop])
             parameters = (v[start:stop], norm[start:stop], g[start:stop])
             towards_g = self.kernels.through_norm(out_v[start:stop], *parameters, unit, scaled=scaled)
             if out_g is not None:
@@ -267,6 +277,8 @@ class _ByPrototypes:
         return self.weight.scaled_block(start, stop, self.inverse_temp, out=self.scaled)
 
     def _logits(self, start: int, stop: int, weight: Tensor) -> Tensor:
+        if self.by_convolution:
+            return logits_in(cpu_products.logits(self.rows, weight).view(-1), *self.shape[:2], by_prototype=True)
         z = self._memory(start, stop)
         product(self.rows, weight.T, out=z.flatten(0, 1))
         return z

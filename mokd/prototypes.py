@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mokd import cpu_products
 from mokd.scratch import empty
 
 _BLOCK_ROWS = 4096  # prototypes per block where logits are only written; their weight then fits a core's cache
@@ -62,8 +63,12 @@ class HeadOutput(NamedTuple):
             # rows are few: it is less work to scale the logits than the directions
             for start in range(0, count, _BLOCK_ROWS):
                 part = slice(start, min(start + _BLOCK_ROWS, count))
-                product(rows, weight.direction[part].to(dtype).T, out=flat[:, part])
-                flat[:, part].mul_(weight.scale(part, 1.0 / temperature).T)
+                scale, directions = weight.scale(part, 1.0 / temperature), weight.direction[part].to(dtype)
+                if cpu_products.suits(rows, directions):
+                    torch.mul(cpu_products.logits(rows, directions).T, scale.T, out=flat[:, part])
+                else:
+                    product(rows, directions.T, out=flat[:, part])
+                    flat[:, part].mul_(scale.T)
         return out
 
 
