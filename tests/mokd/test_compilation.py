@@ -10,6 +10,7 @@ from tests.support import RESNET, VIT, tiny_config
 
 
 @pytest.mark.slow  # minutes of compiling
+@pytest.mark.timeout(1800)
 def test_compiled_equals_eager(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
