@@ -49,18 +49,18 @@ _POINTER = ctypes.c_void_p
 
 def available() -> bool:
     """Whether the library was built."""
-    return _file() is not None
+    return built(Path(__file__).parent) is not None
 
 
 @cache
-def _file() -> Path | None:
-    here = Path(__file__).parent
-    return next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").exists()), None)
+def built(package: Path) -> Path | None:
+    """The compiled library in a package's folder; None where it was not built."""
+    return next((path for suffix in EXTENSION_SUFFIXES if (path := package / f"_native{suffix}").exists()), None)
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = _file()
+    path = built(Path(__file__).parent)
     if path is None:
         raise UserError(
             "data.backend: ffcv needs the compiled part of data_pipeline, which was not built: install a C++ compiler "

@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # what the benchmarks of the step take unless told otherwise; it is not among the configurations for training
 STEP_CONFIG = ROOT / "benchmarks" / "step.yaml"
 
+StepConfig = Annotated[str, typer.Argument(help="configuration; default: a small pair")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+Quick = Annotated[bool, typer.Option("--quick", help="one short round: does it run?")]
+Record = Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+
 bench = typer.Typer(
     help="Measure this machine: loaders, conversion, the step, its memory, saving, resuming.",
     no_args_is_help=True,
@@ -51,9 +57,9 @@ def _record(name: str, result: dict[str, Any]) -> None:
 @bench.command(epilog="Example: mokd bench data --images imagenet/val --json")
 def data(
     images: Annotated[Path, typer.Option(help="folder of JPEGs to measure with")] = Path(".data/imagenet_sample"),
-    quick: Annotated[bool, typer.Option("--quick", help="one short round: does it run?")] = False,
+    quick: Quick = False,
     record: Annotated[bool, typer.Option("--record", help="keep figures and plot in benchmarks/")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Loaders and converters against torchvision with Pillow and FFCV's writer, on the same images."""
     if not images.is_dir():
@@ -75,10 +81,10 @@ def data(
 @bench.command(epilog="Example: mokd bench resume demo.yaml --json")
 def resume(
     config: Annotated[str, typer.Argument(help="configuration to train with, as for `mokd train`")] = "demo.yaml",
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option(help="where to save, to measure its disk; default: temporary")] = None,
     record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """How long training stands still for a save, and from the start of a resumed run to its first step."""
     from mokd.preflight import check  # imports torch
@@ -101,11 +107,11 @@ def resume(
 
 @bench.command(epilog="Example: mokd bench step vit_s_resnet50.yaml optim.global_batch=64 --json")
 def step(
-    config: Annotated[str, typer.Argument(help="configuration; default: a small pair")] = str(STEP_CONFIG),
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="one short round: does it run?")] = False,
-    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    config: StepConfig = str(STEP_CONFIG),
+    overrides: Overrides = None,
+    quick: Quick = False,
+    record: Record = False,
+    as_json: AsJson = False,
 ) -> None:
     """Our training step against a plain one of the same mathematics, on a synthetic batch; one process.
 
@@ -128,11 +134,11 @@ def step(
 
 @bench.command(epilog="Example: mokd bench scaling vit_s_resnet50.yaml --json")
 def scaling(
-    config: Annotated[str, typer.Argument(help="configuration; default: a small pair")] = str(STEP_CONFIG),
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="one short round: does it run?")] = False,
-    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    config: StepConfig = str(STEP_CONFIG),
+    overrides: Overrides = None,
+    quick: Quick = False,
+    record: Record = False,
+    as_json: AsJson = False,
 ) -> None:
     """The step on 1, 2 and 4 ranks where this machine has places for them; other scales computed, and marked so.
 
@@ -153,11 +159,11 @@ def scaling(
 
 @bench.command(epilog="Example: mokd bench memory vit_s_resnet50.yaml --limit-gb 60 --json")
 def memory(
-    config: Annotated[str, typer.Argument(help="configuration; default: a small pair")] = str(STEP_CONFIG),
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    config: StepConfig = str(STEP_CONFIG),
+    overrides: Overrides = None,
     limit_gb: Annotated[float | None, typer.Option(min=0.1, help="default: the memory that is free now")] = None,
-    record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    record: Record = False,
+    as_json: AsJson = False,
 ) -> None:
     """The largest batch per GPU (or process, on CPUs) that fits, found by trying ever larger ones."""
     given = _configuration(config, overrides)
@@ -190,7 +196,7 @@ def gain(
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
     root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
     record: Annotated[bool, typer.Option("--record", help="keep figures and plots in benchmarks/results/")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train pairs and each of their branches alone, evaluate all, compare. Called again, it goes on where it was."""
     from mokd.gain_plot import plot

@@ -10,12 +10,12 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data_pipeline.native_library import built
 from mokd import prototype_blocks
 from mokd.losses import Cut
 
@@ -44,8 +44,7 @@ def available() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    here = Path(__file__).parent
-    path = next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").exists()), None)
+    path = built(Path(__file__).parent)
     if path is None:
         log.info("the compiled loss was not built; it is computed by torch, more slowly")
         return None
@@ -135,20 +134,8 @@ def _observe(
     partial = torch.empty(tiles, len(cuts), dtype=torch.float64)
     scales = (1.0, _address(scale)) if isinstance(scale, Tensor) else (scale, None)
     results = (largest.data_ptr(), total.data_ptr(), partial.data_ptr())
-    library.mokd_observe(
-        *(
-            logits.data_ptr(),
-            out.data_ptr(),
-            count,
-            views,
-            batch,
-            *scales,
-            _address(offset),
-            *_terms(cuts),
-            _TILE,
-            *results,
-        )
-    )
+    blocks = (logits.data_ptr(), out.data_ptr(), count, views, batch)
+    library.mokd_observe(*blocks, *scales, _address(offset), *_terms(cuts), _TILE, *results)
     if cuts:
         dots += partial.sum(dim=0)
     return largest, total
@@ -163,7 +150,7 @@ def _terms(cuts: Sequence[Cut]) -> tuple[ctypes.Array[_Term], int]:
 
 
 def _address(tensor: Tensor | None) -> int | None:
-    assert tensor is None or tensor.is_contiguous()
+    assert tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())
     return None if tensor is None else tensor.data_ptr()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import nn
@@ -16,11 +17,11 @@ class Units(NamedTuple):
     exact: list[nn.Module]
 
 
-class TrainableNetwork(nn.Module):
+class TrainableNetwork(nn.Module, ABC):
     """A backbone with what an objective puts on it."""
 
     backbone: Backbone
 
+    @abstractmethod
     def units(self) -> Units:
         """The units of sharding, the inner ones; what is left over is sharded with the whole."""
-        raise NotImplementedError
