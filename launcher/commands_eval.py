@@ -29,7 +29,7 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="name of the result; default: the task's")] = None,
     again: Annotated[bool, typer.Option("--again", help="compute even what is known")] = False,
     backbone: Annotated[str | None, typer.Option(help="timm name of the network that a file is of")] = None,
-    stem: Annotated[str, typer.Option(help="default or cifar, for a file")] = "default",
+    stem: Annotated[str, typer.Option(help="default, cifar or cifar_stride2, for a file")] = "default",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:

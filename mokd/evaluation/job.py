@@ -109,7 +109,7 @@ def _config_for_weights(request: Request) -> dict[str, Any]:
     if request.backbone is None:
         raise UserError(f"{request.source}: is a file; say which network its weights are of with --backbone TIMM_NAME")
     branch = {
-        "name": re.sub(r"[^A-Za-z0-9_-]", "_", f"{request.backbone}"),
+        "name": re.sub(r"[^A-Za-z0-9_-]", "_", request.backbone),
         "backbone": request.backbone,
         "stem": request.stem,
         "optimizer": {"kind": "sgd", "lr": 0.0},
