@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from launcher.console import print_json, print_table
+from launcher.console import messages, print_json, print_table
 
 # what a record says beside these is a setting of its task
 _COMMON = ("branch", "network", "task", "step", "top1", "top5", "predictions", "headline")
@@ -70,3 +70,20 @@ def evaluate(
         rows[-1].append("*" if record["headline"] else "")
     title = f"{task} of {evaluation.network} at step {evaluation.step}, {evaluation.images} images, accuracy in %"
     print_table(title, columns, rows)
+    for line in open_ended(records):
+        messages.print(line, markup=False)
+
+
+def open_ended(records: list[dict[str, Any]]) -> list[str]:
+    """A line per branch whose best learning rate is the first or last that was tried: the optimum may lie beyond."""
+    lines = []
+    probes = [record for record in records if record["task"] == "linear"]
+    for best in (record for record in probes if record["headline"]):
+        rates = [record["lr"] for record in probes if record["branch"] == best["branch"]]
+        if len(rates) > 1 and best["lr"] in (min(rates), max(rates)):
+            which = "smallest" if best["lr"] == min(rates) else "largest"
+            lines.append(
+                f"{best['branch']}: the best rate, {best['lr']:g}, is the {which} tried; "
+                "a wider grid may do better: --set evaluation.linear.rates=[...]"
+            )
+    return lines

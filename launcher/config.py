@@ -12,9 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline import schema
 from data_pipeline.errors import UserError
-from data_pipeline.schema import PositiveInt, StrictModel
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from data_pipeline.schema import NonNegativeInt, PositiveInt, StrictModel
 
 # what the launcher sets itself: given again as an extra parameter they would contradict it
 OWN_PARAMETERS = frozenset(

@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.loader import Backend, check_path
 from data_pipeline.order import Int64Array, subset
 from data_pipeline.samples import Samples, open_samples
-from mokd.config import EvaluationConfig
+from mokd.evaluation.config import EvaluationConfig
 
 
 @dataclass(frozen=True)

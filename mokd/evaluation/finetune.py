@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,16 @@ from data_pipeline.batch import MultiCropLoader
 from data_pipeline.errors import UserError
 from data_pipeline.order import Int64Array, class_subset
 from mokd.backbones import Backbone
-from mokd.config import FinetuneConfig, RatesConfig, RunConfig
-from mokd.distributed import Ranks, all_reduce_sum
+from mokd.distributed import all_reduce_sum
 from mokd.evaluation.answers import Answer, Outcome
 from mokd.evaluation.augmented import batch_of, labelled_loader
+from mokd.evaluation.config import FinetuneConfig, RatesConfig
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.features import eval_loader, gather_rows
 from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.linear import BASE_BATCH
 from mokd.evaluation.subjects import Subject, digest
+from mokd.evaluation.work import Work
 from mokd.parallel import average_gradients
 from mokd.precision import autocast
 from mokd.progress import EpochLines
@@ -51,26 +51,15 @@ class Classifier(nn.Module):
         return self.head(self.backbone(images).pooled)
 
 
-def finetune_task(
-    subjects: Sequence[Subject],
-    train: LabelledSet,
-    test: LabelledSet,
-    config: RunConfig,
-    ranks: Ranks,
-    device: torch.device,
-    directory: Path,
-    *,
-    section: FinetuneConfig,
-    fractions: Sequence[float],
-) -> list[Outcome]:
+def finetune_task(work: Work, section: FinetuneConfig, fractions: Sequence[float]) -> list[Outcome]:
     """Every network fine-tuned on every fraction of the labels; the largest fraction is the headline."""
     outcomes = []
-    for subject in subjects:
+    for subject in work.subjects:
         answers, states = [], []
         for fraction in fractions:
-            ids = train.ids[class_subset(train.labels, fraction, config.seed)]
-            tuning = FineTuning(subject, train, ids, config, section, ranks, device, directory)
-            classes = tuning.run().classify(test)
+            ids = work.train.ids[class_subset(work.train.labels, fraction, work.config.seed)]
+            tuning = FineTuning(subject, work, ids, section)
+            classes = tuning.run().classify(work.test)
             answers.append(Answer("fraction", fraction, classes.numpy(), {"labels": len(ids), **tuning.facts}))
             states.append(tuning.state)
         outcomes.append(Outcome(answers, max(range(len(fractions)), key=lambda i: fractions[i]), states))
@@ -78,19 +67,10 @@ def finetune_task(
 
 
 class FineTuning:
-    """One network's training on the samples `ids` of a labelled set; `run` continues where a former call ended."""
+    """One network's training on the samples `ids` of the training set; `run` continues where a former call ended."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        train: LabelledSet,
-        ids: Int64Array,
-        config: RunConfig,
-        section: FinetuneConfig,
-        ranks: Ranks,
-        device: torch.device,
-        directory: Path,
-    ) -> None:
+    def __init__(self, subject: Subject, work: Work, ids: Int64Array, section: FinetuneConfig) -> None:
+        config, ranks, device, train = work.config, work.ranks, work.device, work.train
         self._config, self._section, self._ranks, self._device = config, section, ranks, device
         self._train, self._ids = train, ids
         self._precision = config.precision
@@ -117,7 +97,7 @@ class FineTuning:
             crops=[config.evaluation.crop_px, config.evaluation.area_scale, config.views.mean, config.views.std],
             arithmetic=[config.seed, self._precision.compute],
         )
-        self.state = KeptState(directory / "state" / f"{identity}.safetensors", is_main=ranks.is_main)
+        self.state = KeptState(work.directory / "state" / f"{identity}.safetensors", is_main=ranks.is_main)
 
     def run(self) -> FineTuning:
         """Trains to the end. UserError when the loss becomes infinite."""

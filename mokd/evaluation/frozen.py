@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, broadcast_from_main
+from mokd.distributed import broadcast_from_main
 from mokd.evaluation import knn
 from mokd.evaluation.answers import Answer, Outcome
 from mokd.evaluation.cache import CacheWriter, Features, is_whole, open_features, prune
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.features import Reading, check_finite, eval_loader, extract, pooled
 from mokd.evaluation.subjects import Subject, digest
+from mokd.evaluation.work import Work
 
 
-def features_of(
-    subjects: Sequence[Subject],
-    readings: Sequence[Reading],
-    data: LabelledSet,
-    config: RunConfig,
-    ranks: Ranks,
-    device: torch.device,
-    directory: Path,
-) -> list[Features]:
+def features_of(work: Work, readings: Sequence[Reading], data: LabelledSet) -> list[Features]:
     """Features of a data set by several networks, from the cache or computed in one pass over the images."""
-    folder = directory / "features"
+    subjects, config, ranks, device = work.subjects, work.config, work.ranks, work.device
+    folder = work.directory / "features"
     what = [_what(subject, name, data, config) for subject, (name, _) in zip(subjects, readings, strict=True)]
     # what takes the place of features of the same name when a setting, or the data, has changed
     slots = [
@@ -69,27 +62,19 @@ def _what(subject: Subject, reading: str, data: LabelledSet, config: RunConfig) 
     }
 
 
-def knn_task(
-    subjects: Sequence[Subject],
-    train: LabelledSet,
-    test: LabelledSet,
-    config: RunConfig,
-    ranks: Ranks,
-    device: torch.device,
-    directory: Path,
-) -> list[Outcome]:
+def knn_task(work: Work) -> list[Outcome]:
     """k-NN with every k of `evaluation.knn`."""
-    section = config.evaluation.knn
-    readings = [("pooled", pooled)] * len(subjects)
-    sets = [features_of(subjects, readings, data, config, ranks, device, directory) for data in (train, test)]
-    low, high = train.part(ranks.rank, ranks.world_size)
+    section, train, test = work.config.evaluation.knn, work.train, work.test
+    readings = [("pooled", pooled)] * len(work.subjects)
+    sets = [features_of(work, readings, data) for data in (train, test)]
+    low, high = train.part(work.ranks.rank, work.ranks.world_size)
     labels = torch.from_numpy(train.labels)
     outcomes = []
     for known, asked in zip(*sets, strict=True):
         blocks = ((row, F.normalize(block, dim=1)) for row, block in known.blocks(low, high, knn.BLOCK))
         queries = F.normalize(torch.cat([block for _, block in asked.blocks(0, test.size, knn.BLOCK)]), dim=1)
         classes = len(train.classes)
-        found = knn.classify(blocks, labels, queries.to(device), section.k, section.temperature, classes)
+        found = knn.classify(blocks, labels, queries.to(work.device), section.k, section.temperature, classes)
         answers = [Answer("k", k, answer.numpy()) for k, answer in zip(section.k, found, strict=True)]
         outcomes.append(Outcome(answers, section.k.index(20) if 20 in section.k else 0))
     return outcomes

@@ -21,6 +21,7 @@ from mokd.evaluation import results, tasks
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.results import Evaluation
 from mokd.evaluation.subjects import NETWORKS, Subject, chosen, digest, from_file, from_run
+from mokd.evaluation.work import Work
 from mokd.run_directory import RunDirectory
 
 
@@ -127,7 +128,8 @@ def perform(job: Job, ranks: Ranks, device: torch.device) -> Evaluation:
     todo = [subject for subject in job.wanted if subject.name not in known]
     evaluation = old
     if todo:
-        parts = tasks.run(job.request.task, todo, job.train, job.test, job.config, ranks, device, job.directory)
+        work = Work(todo, job.train, job.test, job.config, ranks, device, job.directory)
+        parts = tasks.run(job.request.task, work)
         evaluation = _evaluation(job, todo, parts)
         if old is not None:
             evaluation = results.merged(evaluation, old, known, order)

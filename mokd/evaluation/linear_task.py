@@ -13,34 +13,22 @@ from mokd.config import RunConfig
 from mokd.distributed import Ranks
 from mokd.evaluation.answers import Answer, Outcome
 from mokd.evaluation.augmented import AugmentedSource, batch_of, labelled_loader
-from mokd.evaluation.cache import Features
-from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.features import Reading, gather_rows, probe_reading
 from mokd.evaluation.frozen import features_of
 from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.linear import BASE_BATCH, BLOCK, FeatureSource, Heads, Source, Standardised, train_epoch
-from mokd.evaluation.subjects import Subject, digest
+from mokd.evaluation.subjects import digest
+from mokd.evaluation.work import Work
 from mokd.progress import EpochLines
 
 
-def linear_task(
-    subjects: Sequence[Subject],
-    train: LabelledSet,
-    test: LabelledSet,
-    config: RunConfig,
-    ranks: Ranks,
-    device: torch.device,
-    directory: Path,
-) -> list[Outcome]:
+def linear_task(work: Work) -> list[Outcome]:
     """All rates of `evaluation.linear`, trained at once; ranks share them out. The most accurate is the headline."""
-    section = config.evaluation.linear
-    backbones = [subject.load() for subject in subjects]
+    config, ranks, device = work.config, work.ranks, work.device
+    section, train, test = config.evaluation.linear, work.train, work.test
+    backbones = [subject.load() for subject in work.subjects]
     readings = [probe_reading(backbone, section.last_blocks) for backbone in backbones]
-
-    def known(data: LabelledSet) -> list[Features]:
-        return features_of(subjects, readings, data, config, ranks, device, directory)
-
-    asked = known(test)
+    asked = features_of(work, readings, test)
     scales: list[Standardised] = []
     with ExitStack() as stack:
         source: Source
@@ -51,13 +39,13 @@ def linear_task(
             source = AugmentedSource(backbones, [read for _, read in readings], loader, device)
         else:
             batch = min(section.batch, train.size)
-            features = known(train)
+            features = features_of(work, readings, train)
             scales = [Standardised(part) for part in features]
             source = FeatureSource(features, scales, torch.from_numpy(train.labels), batch, config.seed, device)
         mine = range(ranks.rank, len(section.rates), ranks.world_size)
         rates = [section.rates[i] * batch / BASE_BATCH for i in mine]
         heads = [Heads(rates, part.width, len(train.classes), device) for part in asked]
-        state = KeptState(_state_path(subjects, readings, train, config, directory), is_main=ranks.is_main)
+        state = KeptState(_state_path(work, readings), is_main=ranks.is_main)
         _train(heads, source, state, config, ranks, device)
     outcomes = []
     for i, own in enumerate(heads):
@@ -97,16 +85,15 @@ def _whole(own: Tensor, ranks: Ranks, device: torch.device) -> Tensor:
     return rows[torch.tensor(dealt).argsort()]
 
 
-def _state_path(
-    subjects: Sequence[Subject], readings: Sequence[Reading], train: LabelledSet, config: RunConfig, directory: Path
-) -> Path:
+def _state_path(work: Work, readings: Sequence[Reading]) -> Path:
+    config, train = work.config, work.train
     section = config.evaluation
     identity = digest(
-        subjects=[subject.identity for subject in subjects],
+        subjects=[subject.identity for subject in work.subjects],
         readings=[name for name, _ in readings],
         data=[train.fingerprint, train.limit, train.backend],
         section=section.linear.model_dump(mode="json"),
         images=[section.resize_px, section.crop_px, section.area_scale, config.views.mean, config.views.std],
         seed=config.seed,
     )
-    return directory / "state" / f"{identity}.safetensors"
+    return work.directory / "state" / f"{identity}.safetensors"

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mokd.config import RunConfig
-from mokd.distributed import Ranks
 from mokd.evaluation.answers import Outcome
 from mokd.evaluation.data import LabelledSet, check_neighbours, check_pair, open_labelled, open_pair
 from mokd.evaluation.finetune import finetune_task
 from mokd.evaluation.frozen import knn_task
 from mokd.evaluation.linear_task import linear_task
-from mokd.evaluation.subjects import Subject
+from mokd.evaluation.work import Work
 
 TASKS = ("knn", "linear", "semi", "transfer")
 
@@ -57,23 +53,13 @@ def settings(config: RunConfig, task: str) -> dict[str, Any]:
     return {**images, **{key: section[key] for key in keys}}
 
 
-def run(
-    task: str,
-    subjects: Sequence[Subject],
-    train: LabelledSet,
-    test: LabelledSet,
-    config: RunConfig,
-    ranks: Ranks,
-    device: torch.device,
-    directory: Path,
-) -> list[Outcome]:
-    """Carries a task out for several networks; all ranks call it. `directory` is where features and states are kept."""
-    arguments = (subjects, train, test, config, ranks, device, directory)
-    section = config.evaluation
+def run(task: str, work: Work) -> list[Outcome]:
+    """Carries a task out for several networks; all ranks call it."""
+    section = work.config.evaluation
     if task == "knn":
-        return knn_task(*arguments)
+        return knn_task(work)
     if task == "linear":
-        return linear_task(*arguments)
+        return linear_task(work)
     if task == "semi":
-        return finetune_task(*arguments, section=section.semi, fractions=section.semi.fractions)
-    return finetune_task(*arguments, section=section.transfer, fractions=(1.0,))
+        return finetune_task(work, section.semi, section.semi.fractions)
+    return finetune_task(work, section.transfer, fractions=(1.0,))

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from mokd.config import LinearConfig
 from mokd.evaluation.cache import Features
+from mokd.evaluation.config import LinearConfig
 from mokd.evaluation.linear import FeatureSource, Heads, Standardised, train_epoch
 
 CPU = torch.device("cpu")
