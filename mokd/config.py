@@ -89,6 +89,9 @@ class THeadConfig(StrictModel):
     depth: PositiveInt = 3
     heads: PositiveInt = 6
     mlp_ratio: PositiveFloat = 4.0
+    gain: Annotated[
+        PositiveFloat, Field(description="first gain of the prototypes' weight norm; smaller: softer targets at first")
+    ] = 1.0
 
     @model_validator(mode="after")
     def _divisible(self) -> THeadConfig:

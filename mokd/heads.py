@@ -75,7 +75,7 @@ class THead(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = norm(d)
-        self.last_layer = Prototypes(d, prototypes, train_gain=True)
+        self.last_layer = Prototypes(d, prototypes, train_gain=True, gain=config.gain)
         self.apply(init_linear)
         nn.init.trunc_normal_(self.position, std=0.02)
 

@@ -73,7 +73,7 @@ class HeadOutput(NamedTuple):
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at 1.
+    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at `gain`.
 
     `lends_storage`: whether the parameters may be read after the forward pass. Sharding, which frees them then, sets it
     to False; a copy is given in their place.
@@ -81,10 +81,10 @@ class Prototypes(nn.Module):
 
     lends_storage = True
 
-    def __init__(self, width: int, count: int, *, train_gain: bool) -> None:
+    def __init__(self, width: int, count: int, *, train_gain: bool, gain: float = 1.0) -> None:
         super().__init__()
         self.direction = nn.Parameter(torch.empty(count, width))
-        self.gain = nn.Parameter(torch.ones(count, 1), requires_grad=train_gain)
+        self.gain = nn.Parameter(torch.full((count, 1), gain), requires_grad=train_gain)
         nn.init.trunc_normal_(self.direction, std=0.02)
 
     def forward(self) -> PrototypeWeight:

@@ -38,6 +38,16 @@ def build(
     return objective, built, views
 
 
+@pytest.mark.parametrize("gain", [None, 0.2])
+def test_the_gain_of_the_t_heads_prototypes_starts_where_it_is_told(gain: float | None) -> None:
+    _, branches, _ = build([RESNET, VIT], **({"objective__t_head__gain": gain} if gain else {}))
+    for branch in branches:
+        student = branch.student
+        assert student.t_head.last_layer.gain.unique().tolist() == pytest.approx([gain or 1.0])
+        assert student.mlp_head.last_layer.gain.unique().tolist() == [1.0]
+        assert student.t_head.last_layer.gain.requires_grad
+
+
 def temperature(epoch: int, warmup: int) -> float:
     return 0.07 if epoch >= warmup else 0.04 + 0.03 * epoch / (warmup - 1)
 
