@@ -67,16 +67,17 @@ def compare(
     methods, remarks = group(runs, force=force)
     evaluations: dict[Path, Evaluation] = {}
     for method in methods:
+        own: dict[Path, Evaluation] = {}
         for side in (method.pair, *method.solo.values()):
-            evaluations |= {run.path: newest_evaluation(run.path, task, network) for run in side.values()}
-    reference = next(iter(evaluations.items()))
-    for path, evaluation in evaluations.items():
-        _check_alike(path, evaluation, *reference, force, remarks)
+            own |= {run.path: newest_evaluation(run.path, task, network) for run in side.values()}
+        _check_steps(own, force, remarks)
+        evaluations |= own
+    _check_questions(evaluations)
     gains = [
         MethodGain(method.label, {b: _gain(method, b, evaluations, resamples) for b in method.solo})
         for method in methods
     ]
-    test = reference[1]
+    test = next(iter(evaluations.values()))
     return Comparison(task, network, test.test, test.images, resamples, gains, remarks)
 
 
@@ -98,17 +99,24 @@ def knn_curve(run: Path, branch: str) -> Curve:
     return [(r["step"], r[key]) for r in read_metrics(RunDirectory(run).metrics_file) if r.get(key) is not None]
 
 
-def _check_alike(
-    path: Path, found: Evaluation, reference_path: Path, reference: Evaluation, force: bool, remarks: list[str]
-) -> None:
-    """Both must have answered the same questions; after as many steps, unless forced."""
-    if not np.array_equal(found.labels, reference.labels):
-        raise UserError(
-            f"compare: {path} was tested on {found.test} ({found.images} images), {reference_path} on "
-            f"{reference.test} ({reference.images} images); evaluate all on the same"
-        )
-    if found.step != reference.step:
-        problem = f"{path} was evaluated at step {found.step}, {reference_path} at step {reference.step}"
+def _check_questions(evaluations: Mapping[Path, Evaluation]) -> None:
+    """All must have answered the same questions."""
+    (first, reference), *others = evaluations.items()
+    for path, found in others:
+        if not np.array_equal(found.labels, reference.labels):
+            raise UserError(
+                f"compare: {path} was tested on {found.test} ({found.images} images), {first} on "
+                f"{reference.test} ({reference.images} images); evaluate all on the same"
+            )
+
+
+def _check_steps(evaluations: Mapping[Path, Evaluation], force: bool, remarks: list[str]) -> None:
+    """A pair and its baselines must have trained equally long, unless forced; two methods need not."""
+    (first, reference), *others = evaluations.items()
+    for path, found in others:
+        if found.step == reference.step:
+            continue
+        problem = f"{path} was evaluated at step {found.step}, {first} at step {reference.step}"
         if not force:
             raise UserError(f"compare: {problem}; train on, or evaluate again; --force compares them all the same")
         remarks.append(problem)

@@ -162,6 +162,17 @@ def test_other_test_images_and_other_steps_are_refused(write: Write) -> None:
     assert len(found.remarks) == 1
 
 
+def test_methods_may_be_of_different_length(write: Write) -> None:
+    longer = whole(write, name="con", **CONTRASTIVE)
+    for run, branch in zip(longer, (("resnet", "vit"), ("resnet",), ("vit",)), strict=True):
+        evaluate(run, STEP + 5, dict.fromkeys(branch, 0.7))
+    found = compare(opened([*whole(write), *longer]), task="knn", network="teacher")
+    assert found.remarks == []
+    assert [run["step"] for method in found.methods for run in method.branches["vit"].runs] == [STEP] * 2 + [
+        STEP + 5
+    ] * 2
+
+
 def test_runs_that_do_not_belong_together_are_refused(write: Write) -> None:
     runs = [*whole(write)[:2], write("short", "vit", optim__epochs=2)]
     done = mokd("compare", *runs)
