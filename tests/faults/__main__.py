@@ -9,7 +9,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 # rows that are proved where the data pipeline is tested
-DATA_TESTS = [HERE.parent / "data" / "test_bad_data.py", HERE.parent / "data" / "test_convert.py"]
+DATA = HERE.parent / "data"
+DATA_TESTS = [DATA / f"test_{name}.py" for name in ("bad_data", "convert", "convert_interrupted")]
 
 
 class Table:
