@@ -35,6 +35,7 @@ _CROSS = (
     "objective.terms.cross_mlp",
     "objective.terms.cross_search",
     "objective.cross_temp_warmup_epochs",
+    "objective.center_search",
     "objective.cross_weight",
     "objective.residual_weight",
 )

@@ -130,6 +130,9 @@ class DinoConfig(ObjectiveConfig):
     teacher_temp: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
     cross_temp_warmup_epochs: NonNegativeInt = 30
     center_momentum: Probability = 0.9
+    center_search: Annotated[
+        bool, Field(description="ablation: also what the search finds is centred, by the other T-Head's centre")
+    ] = False
 
     @model_validator(mode="after")
     def _workable(self) -> DinoConfig:

@@ -92,7 +92,7 @@ class DinoObjective:
             if others and on.cross_search:
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
-                found = _mean([self._search(branches[j], teachers.outputs[j], queries, cross) for j in others])
+                found = _mean([self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others])
                 t_head["cross_search"] = Target(found, branch.config.weight, paired=False, first_view=first)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
@@ -125,10 +125,11 @@ class DinoObjective:
             self._arriving.append(dist.all_reduce(teachers.means, async_op=True))
         return teachers
 
-    def _search(self, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
-        """What local queries `[L, B, d]` find in global view 1 of another branch's teacher: targets `[L, B, K]`."""
+    def _search(self, j: int, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
+        """What local queries `[L, B, d]` find in global view 1 of branch j's teacher: targets `[L, B, K]`."""
         rows = other.teacher.search(teacher.tokens, queries)  # type: ignore[operator]
-        return softmax(HeadOutput(rows, teacher.t_head.prototypes).logits(temperature))
+        scaled = HeadOutput(rows, teacher.t_head.prototypes).logits(temperature)
+        return softmax(scaled - self.centers[j, 1] / temperature if self.config.center_search else scaled)
 
     def _temperature(self, epoch: int, warmup_epochs: int) -> float:
         return teacher_temperature(epoch, warmup_epochs, *self.config.teacher_temp)

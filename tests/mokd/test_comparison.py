@@ -57,6 +57,7 @@ def test_runs_that_differ_by_their_seed_belong_together() -> None:
         {"branches": [RESNET, {**VIT, "weight": 0.7}]},  # a baseline has no cross terms to weigh
         {"branches": [RESNET, {**VIT, "activation_checkpointing": True}]},
         {"objective__cross_temp_warmup_epochs": 3},
+        {"objective__center_search": True},
         {"objective__terms__cross_search": False},
     ],
 )

@@ -109,7 +109,8 @@ def literal(
                             query = students[i].queries[GLOBALS + v, b][None]
                             found = head(teachers[j].tokens[b][None], query)
                             found = F.linear(found, F.normalize(head.last_layer.direction) * head.last_layer.gain)[0]
-                            target = torch.softmax(found / cross, -1)
+                            center = objective.centers[j, 1] if objective.config.center_search else 0.0
+                            target = torch.softmax((found - center) / cross, -1)
                         rows.append(-(target * torch.log_softmax(dense[GLOBALS + v, b] / 0.1, -1)).sum())
                 searches.append(sum(rows) / len(rows))
             terms["cross_search"] = sum(searches) / len(others)
@@ -118,9 +119,10 @@ def literal(
 
 
 @pytest.mark.parametrize("branches", [[VIT], [RESNET, VIT], [RESNET, VIT, THIRD]], ids=["solo", "pair", "three"])
+@pytest.mark.parametrize("center_search", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1, 40])
-def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int) -> None:
-    objective, built, views = build(branches)
+def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int, center_search: bool) -> None:
+    objective, built, views = build(branches, objective__center_search=center_search)
     expected = literal(objective, built, views, epoch)
     losses = list(objective.losses(built, views, epoch))
     for branch, loss, terms in zip(built, losses, expected, strict=True):
