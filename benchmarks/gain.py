@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """comparisons: by task. document: what is recorded."""
+    """comparisons: by task, for few labels by `semi-<fraction>`. document: what is recorded."""
 
     comparisons: dict[str, Comparison]
     document: dict[str, Any]
@@ -72,7 +72,11 @@ def run(
             say(f"{task} of {place.path}")
             _evaluate(config, place, task, nproc)
     runs = [Run(place.path, config) for config, place in zip(wanted, places, strict=True)]
-    comparisons = {task: compare(runs, task=task, network=NETWORK) for task in tasks}
+    comparisons = {
+        task if at is None else f"{task}-{at:g}": compare(runs, task=task, network=NETWORK, at=at)
+        for task in tasks
+        for at in (configs[0].evaluation.semi.fractions if task == "semi" else (None,))
+    }
     return Result(comparisons, _document(configs, seeds, comparisons, runs))
 
 

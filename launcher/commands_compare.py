@@ -27,8 +27,12 @@ def compare(
         list[Path],
         typer.Argument(help="pair runs and the runs of their branches alone, in any order: paths, or names in runs/"),
     ],
-    task: Annotated[str, typer.Option(help="which recorded evaluation: knn or linear")] = "knn",
+    task: Annotated[str, typer.Option(help="which recorded evaluation: knn, linear, semi or transfer")] = "knn",
     network: Annotated[str, typer.Option(help="teacher or student")] = "teacher",
+    at: Annotated[
+        float | None,
+        typer.Option(help="k of knn, rate of linear, fraction of the labels; default: the task's headline"),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="compare runs that differ in more than their branches")
     ] = False,
@@ -45,7 +49,7 @@ def compare(
     if plot is not None and not plot.absolute().parent.is_dir():
         raise UserError(f"--plot {plot}: no such folder")
     opened = [Run.open(find_run(run)) for run in runs]
-    comparison = compare_runs(opened, task=task, network=network, force=force)
+    comparison = compare_runs(opened, task=task, network=network, at=at, force=force)
     for remark in comparison.remarks:
         messages.print(f"warning: {remark}", markup=False)
     if plot is not None:
@@ -68,5 +72,5 @@ def show(comparison: Comparison) -> None:
             rows.append(
                 [name, f"{gain.solo:.2f}", f"{gain.pair:.2f}", f"{gain.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", seeds]
             )
-        what = f"{comparison.task}, top-1 of the {comparison.network} in %, {comparison.images:,} images"
+        what = f"{comparison.title}, top-1 of the {comparison.network} in %, {comparison.images:,} images"
         print_table(f"{method.label}: {what}", ["branch", "solo", "pair", "gain", "95% interval", "seeds"], rows)

@@ -12,12 +12,18 @@ import numpy as np
 from data_pipeline.errors import UserError
 from mokd.bootstrap import RESAMPLES, Gain, bootstrap_gain
 from mokd.comparison import Method, Run, group
-from mokd.evaluation.results import Evaluation, read, result_path
+from mokd.evaluation.results import SETTINGS, Evaluation, read, result_path
 from mokd.metrics import read_metrics
 from mokd.run_directory import RunDirectory
 
 # (step, k-NN top-1 in percent) while training
 Curve = list[tuple[int, float]]
+_TITLES = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "semi": "fine-tuned on few labels",
+    "transfer": "fine-tuned elsewhere",
+}
 
 
 @dataclass(frozen=True)
@@ -40,27 +46,43 @@ class MethodGain:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs against solo baselines on one task: top-1 accuracy in percent. images: how many test images."""
+    """Pairs against solo baselines on one task: top-1 accuracy in percent. images: how many test images.
+
+    at: the setting of the task (k, lr, fraction) that was asked for; None for that of its headline.
+    """
 
     task: str
     network: str
+    at: float | None
     test: str
     images: int
     resamples: int
     methods: list[MethodGain]
     remarks: list[str]
 
+    @property
+    def title(self) -> str:
+        """The task for human eyes, with the setting that was asked for."""
+        name = _TITLES.get(self.task, self.task)
+        return name if self.at is None else f"{name} ({SETTINGS[self.task]} {self.at:g})"
+
     def document(self) -> dict[str, Any]:
         """As a JSON object; `branches` is the first method's part of `methods`."""
         methods = [{"label": m.label, "branches": _branches(m.branches)} for m in self.methods]
-        about = {key: getattr(self, key) for key in ("task", "network", "test", "images", "resamples", "remarks")}
+        about = {key: getattr(self, key) for key in ("task", "network", "at", "test", "images", "resamples", "remarks")}
         return {**about, "branches": methods[0]["branches"], "methods": methods}
 
 
 def compare(
-    runs: Sequence[Run], *, task: str, network: str, force: bool = False, resamples: int = RESAMPLES
+    runs: Sequence[Run],
+    *,
+    task: str,
+    network: str,
+    at: float | None = None,
+    force: bool = False,
+    resamples: int = RESAMPLES,
 ) -> Comparison:
-    """The gain of every branch of every pair among `runs`.
+    """The gain of every branch of every pair among `runs`, under the setting `at` of the task or that of its headline.
 
     UserError in one line for runs that do not belong together or have not been evaluated.
     """
@@ -74,11 +96,11 @@ def compare(
         evaluations |= own
     _check_questions(evaluations)
     gains = [
-        MethodGain(method.label, {b: _gain(method, b, evaluations, resamples) for b in method.solo})
+        MethodGain(method.label, {b: _gain(method, b, evaluations, at, resamples) for b in method.solo})
         for method in methods
     ]
     test = next(iter(evaluations.values()))
-    return Comparison(task, network, test.test, test.images, resamples, gains, remarks)
+    return Comparison(task, network, at, test.test, test.images, resamples, gains, remarks)
 
 
 def newest_evaluation(run: Path, task: str, network: str) -> Evaluation:
@@ -122,15 +144,20 @@ def _check_steps(evaluations: Mapping[Path, Evaluation], force: bool, remarks: l
         remarks.append(problem)
 
 
-def _gain(method: Method, branch: str, evaluations: Mapping[Path, Evaluation], resamples: int) -> BranchGain:
+def _gain(
+    method: Method, branch: str, evaluations: Mapping[Path, Evaluation], at: float | None, resamples: int
+) -> BranchGain:
     sides = {"pair": method.pair, "solo": method.solo[branch]}
+    found = {
+        run.path: _record(evaluations[run.path], branch, at, run.path) for s in sides.values() for run in s.values()
+    }
     right = {
-        side: np.stack([_right(evaluations[run.path], branch, run.path) for run in runs.values()])
+        side: np.stack([_right(evaluations[run.path], found[run.path]) for run in runs.values()])
         for side, runs in sides.items()
     }
     gain = bootstrap_gain(right["pair"], right["solo"], same_seeds=method.same_seeds(branch), resamples=resamples)
     records = [
-        {"side": side, "seed": seed, "run": str(run.path), **_headline(evaluations[run.path], branch, run.path)}
+        {"side": side, "seed": seed, "run": str(run.path), **found[run.path]}
         for side, runs in sides.items()
         for seed, run in runs.items()
     ]
@@ -138,17 +165,19 @@ def _gain(method: Method, branch: str, evaluations: Mapping[Path, Evaluation], r
     return BranchGain(gain, records, curves["pair"], curves["solo"])
 
 
-def _right(evaluation: Evaluation, branch: str, path: Path) -> np.ndarray:
-    """Which images `[M]` a branch has right."""
-    predicted = evaluation.predictions[_headline(evaluation, branch, path)["predictions"]]
-    return predicted == evaluation.labels
+def _right(evaluation: Evaluation, record: Mapping[str, Any]) -> np.ndarray:
+    """Which images `[M]` are right by a record of an evaluation."""
+    return evaluation.predictions[record["predictions"]] == evaluation.labels
 
 
-def _headline(evaluation: Evaluation, branch: str, path: Path) -> dict[str, Any]:
-    record = next((r for r in evaluation.results if r["branch"] == branch and r["headline"]), None)
+def _record(evaluation: Evaluation, branch: str, at: float | None, path: Path) -> dict[str, Any]:
+    record, task = evaluation.record(branch, at), evaluation.task
+    if record is None and evaluation.record(branch) is None:
+        raise UserError(f"{path}: {task} on record, but not of {branch}; run: mokd eval {path} --task {task}")
     if record is None:
-        command = f"mokd eval {path} --task {evaluation.task}"
-        raise UserError(f"{path}: {evaluation.task} on record, but not of {branch}; run: {command}")
+        setting = SETTINGS[task]
+        known = ", ".join(f"{r[setting]:g}" for r in evaluation.results if r["branch"] == branch)
+        raise UserError(f"{path}: no {task} of {branch} with {setting} {at:g}; there are: {known}")
     return {key: value for key, value in record.items() if key != "headline"}
 
 

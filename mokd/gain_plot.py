@@ -10,7 +10,6 @@ from mokd.gain import BranchGain, Comparison, MethodGain
 
 _METHODS, _SOLO = ("#1b6ca8", "#c8641b", "#4a8f3c", "#7a4fa3"), "#9a9a9a"
 _BAR = 0.38
-_TASKS = {"knn": "k-NN", "linear": "linear probe"}
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -63,7 +62,7 @@ def _bars(axes: Any, comparison: Comparison, branches: Sequence[str]) -> None:
         place += 0.25
     axes.set_xticks(places, names, fontsize=9)
     axes.set_ylim(0.0, 1.18 * highest)
-    axes.set_ylabel(f"{_TASKS.get(comparison.task, comparison.task)} top-1 of the {comparison.network} (%)")
+    axes.set_ylabel(f"{comparison.title}, top-1 of the {comparison.network} (%)")
     axes.set_title(f"{comparison.images:,} test images, 95% intervals", fontsize=10, loc="left")
 
 

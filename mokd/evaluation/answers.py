@@ -11,10 +11,12 @@ from mokd.evaluation.results import Int64Array, accuracy
 
 @dataclass(frozen=True)
 class Answer:
-    """Predictions under one setting: the most likely classes `[M, min(5, C)]` of every test image, likeliest first."""
+    """Predictions under one setting of the task (`results.SETTINGS`).
 
-    setting: str
-    value: float
+    classes: the most likely ones `[M, min(5, C)]` of every test image, likeliest first.
+    """
+
+    setting: float
     classes: Int64Array
     facts: dict[str, Any] = field(default_factory=dict)
 

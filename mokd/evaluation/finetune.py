@@ -60,7 +60,7 @@ def finetune_task(work: Work, section: FinetuneConfig, fractions: Sequence[float
             ids = work.train.ids[class_subset(work.train.labels, fraction, work.config.seed)]
             tuning = FineTuning(subject, work, ids, section)
             classes = tuning.run().classify(work.test)
-            answers.append(Answer("fraction", fraction, classes.numpy(), {"labels": len(ids), **tuning.facts}))
+            answers.append(Answer(fraction, classes.numpy(), {"labels": len(ids), **tuning.facts}))
             states.append(tuning.state)
         outcomes.append(Outcome(answers, max(range(len(fractions)), key=lambda i: fractions[i]), states))
     return outcomes

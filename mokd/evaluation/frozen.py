@@ -75,6 +75,6 @@ def knn_task(work: Work) -> list[Outcome]:
         queries = F.normalize(torch.cat([block for _, block in asked.blocks(0, test.size, knn.BLOCK)]), dim=1)
         classes = len(train.classes)
         found = knn.classify(blocks, labels, queries.to(work.device), section.k, section.temperature, classes)
-        answers = [Answer("k", k, answer.numpy()) for k, answer in zip(section.k, found, strict=True)]
+        answers = [Answer(k, answer.numpy()) for k, answer in zip(section.k, found, strict=True)]
         outcomes.append(Outcome(answers, section.k.index(20) if 20 in section.k else 0))
     return outcomes

@@ -142,19 +142,19 @@ def perform(job: Job, ranks: Ranks, device: torch.device) -> Evaluation:
 
 
 def _evaluation(job: Job, subjects: Sequence[Subject], parts: Sequence[tasks.Outcome]) -> Evaluation:
-    labels = job.test.labels
+    labels, setting = job.test.labels, results.SETTINGS[job.request.task]
     records, predictions = [], {}
     for subject, outcome in zip(subjects, parts, strict=True):
         for i, answer in enumerate(outcome.answers):
             top1, top5 = results.accuracy(labels, answer.classes)
-            key = f"{subject.name}/{answer.setting}={answer.value:g}"
+            key = f"{subject.name}/{setting}={answer.setting:g}"
             predictions[key] = answer.classes[:, 0].copy()
             records.append(
                 {
                     "branch": subject.name,
                     "network": subject.network,
                     "task": job.request.task,
-                    answer.setting: answer.value,
+                    setting: answer.setting,
                     **answer.facts,
                     "top1": top1,
                     "top5": top5,

@@ -52,7 +52,7 @@ def linear_task(work: Work) -> list[Outcome]:
         parts = [scales[i](block) if scales else block for _, block in asked[i].blocks(0, test.size, BLOCK)]
         classes = _whole(own.classify(torch.cat(parts).to(device)), ranks, device)
         facts = {"augment": section.augment, "features": readings[i][0]}
-        answers = [Answer("lr", lr, part.numpy(), facts) for lr, part in zip(section.rates, classes, strict=True)]
+        answers = [Answer(lr, part.numpy(), facts) for lr, part in zip(section.rates, classes, strict=True)]
         outcomes.append(Outcome(answers, states=[state]))
     return outcomes
 

@@ -21,6 +21,8 @@ from mokd.files import checksum, read_json, replace_bytes, replace_json
 
 Int64Array = NDArray[np.int64]
 LABELS = "labels"
+# by task, the field of a record that says under which of the task's settings it was made
+SETTINGS = {"knn": "k", "linear": "lr", "semi": "fraction", "transfer": "fraction"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Evaluation:
     """One task's results for the branches of a run, at one step.
 
     results: a record per branch and setting: `branch`, `network`, `task`, `step`, `top1` and `top5` in percent, the
-    setting (`k`, `lr`, `fraction`), `predictions` (a key of the field of that name), and `headline`, true for one
+    setting (`SETTINGS`), `predictions` (a key of the field of that name), and `headline`, true for one
     record of each branch. test: the labelled data set; images: how many of it were used. labels, predictions: `[M]`.
     fingerprints: per branch, of all that its results follow from.
     """
@@ -44,9 +46,10 @@ class Evaluation:
     predictions: dict[str, Int64Array]
     fingerprints: dict[str, str] = field(default_factory=dict)
 
-    def headline(self, branch: str) -> dict[str, Any]:
-        """The record that stands for a branch."""
-        return next(r for r in self.results if r["branch"] == branch and r["headline"])
+    def record(self, branch: str, at: float | None = None) -> dict[str, Any] | None:
+        """The record of a branch under the setting `at`, or the one that stands for it; None when there is none."""
+        own = [r for r in self.results if r["branch"] == branch]
+        return next((r for r in own if (r["headline"] if at is None else r.get(SETTINGS[self.task]) == at)), None)
 
     def document(self) -> dict[str, Any]:
         """What the JSON file holds, and `mokd eval --json` prints."""

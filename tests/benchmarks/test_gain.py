@@ -25,18 +25,19 @@ from tests.support import ROOT, VIT, tiny_config
 
 def evaluated(beton: Path, **changes: Any) -> RunConfig:
     section = {"train": str(beton), "test": str(beton.with_name("test.beton")), "resize_px": 32, "crop_px": 32}
-    return tiny_config(beton, evaluation={**section, "every_epochs": 1, "knn": {"k": [3, 5]}}, **changes)
+    semi = {"fractions": [0.5, 1.0], "epochs": 1}
+    return tiny_config(beton, evaluation={**section, "every_epochs": 1, "knn": {"k": [3, 5]}, "semi": semi}, **changes)
 
 
-def command(folder: Path) -> list[str]:
-    options = ["--config", str(folder / "tiny.yaml"), "--seeds", "0", "--task", "knn", "--json"]
+def command(folder: Path, *more: str) -> list[str]:
+    options = ["--config", str(folder / "tiny.yaml"), "--seeds", "0", "--task", "knn", "--json", *more]
     return [sys.executable, "-m", "launcher.cli", "bench", "gain", *options]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command(folder), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(folder, *more), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -71,12 +72,14 @@ def test_interrupted_and_called_again_it_ends_in_the_whole_comparison(beton: Pat
     assert [about["steps"] for about in found["runs"]] == [15, 15, 15]
     assert {"versions", "commit", "processor", "command"} <= found["machine"].keys()
 
-    third = start(tmp_path)
+    third = start(tmp_path, "--task", "semi")
     again, said = third.communicate()
     assert third.returncode == 0, said
     assert said.count("trained already") == 3
     assert max(attempts(tmp_path).values()) == 2
-    assert json.loads(again)["tasks"] == found["tasks"]
+    tasks = json.loads(again)["tasks"]
+    assert tasks["knn"] == found["tasks"]["knn"]
+    assert [tasks[f"semi-{at}"]["at"] for at in ("0.5", "1")] == [0.5, 1.0]
 
 
 def done(root: Path, name: str, config: RunConfig) -> RunDirectory:

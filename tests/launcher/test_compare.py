@@ -96,7 +96,19 @@ def test_the_command_prints_json_and_draws(write: Write, tmp_path: Path) -> None
     table = mokd("compare", *runs)
     assert table.returncode == 0, table.stderr
     assert "+5.00" in table.stdout
-    assert "dino: knn, top-1 of the teacher" in table.stdout
+    assert "dino: k-NN, top-1 of the teacher" in table.stdout
+
+
+def test_another_setting_than_the_headlines(write: Write) -> None:
+    runs = whole(write)
+    found = compare(opened(runs), task="knn", network="teacher", at=10)
+    gain = found.methods[0].branches["resnet"].gain
+    assert (found.document()["at"], gain.solo, gain.pair) == (10, pytest.approx(40.0), pytest.approx(45.0))
+    table = mokd("compare", *runs, "--at", "10")
+    assert table.returncode == 0, table.stderr
+    assert "dino: k-NN (k 10), top-1 of the teacher" in table.stdout
+    with pytest.raises(UserError, match="no knn of resnet with k 7; there are: 10, 20"):
+        compare(opened(runs), task="knn", network="teacher", at=7)
 
 
 def _with_runs(folder: Path, runs: list[Path]) -> Path:

@@ -199,7 +199,7 @@ def test_linear_finds_its_best_rate_and_reads_the_last_blocks(run: RunDirectory)
     for branch in ("resnet", "vit"):
         own = [r for r in evaluation.results if r["branch"] == branch]
         assert len(own) == 9
-        assert evaluation.headline(branch)["top1"] == max(r["top1"] for r in own)
+        assert evaluation.record(branch)["top1"] == max(r["top1"] for r in own)
     assert {(r["branch"], r["features"]) for r in evaluation.results} == {
         ("resnet", "pooled"),
         ("vit", "class tokens of 2"),

@@ -83,7 +83,7 @@ def test_transfer_reads_betons_and_folders_alike(cifar: Path, tmp_path: Path) ->
 
 def test_linear_is_within_0_3_points_of_a_converged_logistic_regression(cifar: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", cifar)
-    found = ask(run, "linear").headline("resnet")["top1"]
+    found = ask(run, "linear").record("resnet")["top1"]
     parts = {}
     for place in (run.evaluations / "features").iterdir():
         features = open_features(place)
