@@ -95,6 +95,7 @@ def compare(
         _check_steps(own, force, remarks)
         evaluations |= own
     _check_questions(evaluations)
+    _check_protocols(evaluations, force, remarks)
     gains = [
         MethodGain(method.label, {b: _gain(method, b, evaluations, at, resamples) for b in method.solo})
         for method in methods
@@ -130,6 +131,18 @@ def _check_questions(evaluations: Mapping[Path, Evaluation]) -> None:
                 f"compare: {path} was tested on {found.test} ({found.images} images), {first} on "
                 f"{reference.test} ({reference.images} images); evaluate all on the same"
             )
+
+
+def _check_protocols(evaluations: Mapping[Path, Evaluation], force: bool, remarks: list[str]) -> None:
+    """All must have been evaluated alike, unless forced; of old evaluations it is not known."""
+    known = [(path, protocol) for path, found in evaluations.items() for protocol in found.protocols.values()]
+    for path, protocol in known:
+        if protocol == known[0][1]:
+            continue
+        problem = f"{path} was evaluated with other settings or training data than {known[0][0]}"
+        if not force:
+            raise UserError(f"compare: {problem}; evaluate both alike; --force compares them all the same")
+        remarks.append(problem)
 
 
 def _check_steps(evaluations: Mapping[Path, Evaluation], force: bool, remarks: list[str]) -> None:

@@ -59,7 +59,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that can be carried out. fingerprints: of all branches, of everything their results follow from."""
+    """A request that can be carried out.
+
+    fingerprints: of all branches, of everything their results follow from. protocol: of what a comparison must share,
+    which is all of that but weights and seed.
+    """
 
     request: Request
     config: RunConfig
@@ -68,6 +72,7 @@ class Job:
     wanted: list[Subject]
     train: LabelledSet
     test: LabelledSet
+    protocol: str
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -101,8 +106,13 @@ def prepare(request: Request) -> Job:
         )
         for subject in subjects
     }
+    protocol = digest(
+        task=request.task,
+        settings={key: value for key, value in settings.items() if key != "seed"},
+        data=[(data.fingerprint, data.limit) for data in (train, test)],
+    )
     wanted = chosen(subjects, request.branches)
-    return Job(request, config, directory, subjects, wanted, train, test, fingerprints)
+    return Job(request, config, directory, subjects, wanted, train, test, protocol, fingerprints)
 
 
 def _config_for_weights(request: Request) -> dict[str, Any]:
@@ -175,6 +185,7 @@ def _evaluation(job: Job, subjects: Sequence[Subject], parts: Sequence[tasks.Out
         labels=labels,
         predictions=predictions,
         fingerprints={subject.name: job.fingerprints[subject.name] for subject in subjects},
+        protocols={subject.name: job.protocol for subject in subjects},
     )
 
 
@@ -182,7 +193,7 @@ def records_of(job: Job, evaluation: Evaluation) -> Evaluation:
     """Only what was asked for: `--branch` leaves others' results in the file, but does not show them."""
     names = [subject.name for subject in job.wanted]
     return results.merged(
-        Evaluation(**{**evaluation.__dict__, "results": [], "predictions": {}, "fingerprints": {}}),
+        Evaluation(**{**evaluation.__dict__, "results": [], "predictions": {}, "fingerprints": {}, "protocols": {}}),
         evaluation,
         names,
         names,

@@ -32,7 +32,7 @@ class Evaluation:
     results: a record per branch and setting: `branch`, `network`, `task`, `step`, `top1` and `top5` in percent, the
     setting (`SETTINGS`), `predictions` (a key of the field of that name), and `headline`, true for one
     record of each branch. test: the labelled data set; images: how many of it were used. labels, predictions: `[M]`.
-    fingerprints: per branch, of all that its results follow from.
+    fingerprints: per branch, of all that its results follow from; protocols: of that without weights and seed.
     """
 
     task: str
@@ -45,6 +45,7 @@ class Evaluation:
     labels: Int64Array
     predictions: dict[str, Int64Array]
     fingerprints: dict[str, str] = field(default_factory=dict)
+    protocols: dict[str, str] = field(default_factory=dict)
 
     def record(self, branch: str, at: float | None = None) -> dict[str, Any] | None:
         """The record of a branch under the setting `at`, or the one that stands for it; None when there is none."""
@@ -53,7 +54,7 @@ class Evaluation:
 
     def document(self) -> dict[str, Any]:
         """What the JSON file holds, and `mokd eval --json` prints."""
-        keys = ("task", "network", "step", "checkpoint", "test", "images", "results", "fingerprints")
+        keys = ("task", "network", "step", "checkpoint", "test", "images", "results", "fingerprints", "protocols")
         return {key: getattr(self, key) for key in keys}
 
 
@@ -107,4 +108,5 @@ def merged(new: Evaluation, old: Evaluation, keep: Collection[str], order: Seque
         results=sorted([*kept, *new.results], key=lambda r: order.index(r["branch"])),
         predictions={**{r["predictions"]: old.predictions[r["predictions"]] for r in kept}, **new.predictions},
         fingerprints={**{branch: old.fingerprints[branch] for branch in keep}, **new.fingerprints},
+        protocols={**{branch: old.protocols[branch] for branch in keep if branch in old.protocols}, **new.protocols},
     )

@@ -27,7 +27,9 @@ ACCURACY = {"pair": {"resnet": 0.55, "vit": 0.6}, "solo": {"resnet": 0.5, "vit":
 Write = Callable[..., Path]
 
 
-def evaluate(run: Path, step: int, right: dict[str, float], task: str = "knn", images: int = IMAGES) -> None:
+def evaluate(
+    run: Path, step: int, right: dict[str, float], task: str = "knn", images: int = IMAGES, protocol: str = ""
+) -> None:
     """Leaves an evaluation in which each branch has the first images of each class right."""
     labels = np.arange(images) % 10
     predictions, records = {}, []
@@ -39,9 +41,9 @@ def evaluate(run: Path, step: int, right: dict[str, float], task: str = "knn", i
             facts = {"network": "teacher", "task": task, "k": k, "top1": top1, "top5": 100.0, "step": step}
             records.append({"branch": branch, **facts, "predictions": f"{branch}/k={k}", "headline": k == 20})
     folder = RunDirectory(run).evaluations
-    evaluation = Evaluation(
-        task, "teacher", step, f"step-{step}", "test.beton", images, records, labels.astype(np.int64), predictions
-    )
+    about = (task, "teacher", step, f"step-{step}", "test.beton", images)
+    protocols = dict.fromkeys(right, protocol) if protocol else {}
+    evaluation = Evaluation(*about, records, labels.astype(np.int64), predictions, protocols=protocols)
     results.write(results.result_path(folder, task, "teacher", step), evaluation)
 
 
@@ -172,6 +174,17 @@ def test_other_test_images_and_other_steps_are_refused(write: Write) -> None:
         compare(opened(runs), task="knn", network="teacher")
     found = compare(opened(runs), task="knn", network="teacher", force=True)
     assert len(found.remarks) == 1
+
+
+def test_other_protocols_are_refused(write: Write) -> None:
+    runs = whole(write)
+    evaluate(runs[0], STEP, ACCURACY["pair"], protocol="one")
+    evaluate(runs[1], STEP, {"resnet": 0.5}, protocol="one")
+    assert compare(opened(runs), task="knn", network="teacher").remarks == []  # of the third it is not known
+    evaluate(runs[2], STEP, {"vit": 0.6}, protocol="other")
+    with pytest.raises(UserError, match=f"{runs[2]} was evaluated with other settings .* than {runs[0]}"):
+        compare(opened(runs), task="knn", network="teacher")
+    assert len(compare(opened(runs), task="knn", network="teacher", force=True).remarks) == 1
 
 
 def test_methods_may_be_of_different_length(write: Write) -> None:

@@ -132,7 +132,12 @@ def test_a_result_is_computed_again_only_when_it_would_be_another(run: RunDirect
     other = ask(run, branches=("resnet",))
     assert [r["branch"] for r in other.results] == ["resnet"] * 3
     assert [r["branch"] for r in results.read(path).results] == ["resnet"] * 3 + ["vit"] * 3
+    both = results.read(path).protocols
+    assert both.keys() == {"resnet", "vit"}
+    assert len(set(both.values())) == 1
     changed = ask(run, "knn", "evaluation.knn.k=[7]")
+    assert changed.protocols.keys() == both.keys()
+    assert changed.protocols != both
     assert [(r["branch"], r["k"], r["headline"]) for r in changed.results] == [("resnet", 7, True), ("vit", 7, True)]
     ask(run, name="seven")
     assert results.result_path(run.evaluations, "seven", "teacher", 2).exists()
