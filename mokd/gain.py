@@ -18,12 +18,7 @@ from mokd.run_directory import RunDirectory
 
 # (step, k-NN top-1 in percent) while training
 Curve = list[tuple[int, float]]
-_TITLES = {
-    "knn": "k-NN",
-    "linear": "linear probe",
-    "semi": "fine-tuned on few labels",
-    "transfer": "fine-tuned elsewhere",
-}
+_TITLES = {"knn": "k-NN", "linear": "linear probe", "semi": "few labels"}
 
 
 @dataclass(frozen=True)

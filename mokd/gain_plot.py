@@ -62,8 +62,8 @@ def _bars(axes: Any, comparison: Comparison, branches: Sequence[str]) -> None:
         place += 0.25
     axes.set_xticks(places, names, fontsize=9)
     axes.set_ylim(0.0, 1.18 * highest)
-    axes.set_ylabel(f"{comparison.title}, top-1 of the {comparison.network} (%)")
-    axes.set_title(f"{comparison.images:,} test images, 95% intervals", fontsize=10, loc="left")
+    axes.set_ylabel(f"top-1 of the {comparison.network} (%)")
+    axes.set_title(f"{comparison.title}\n{comparison.images:,} test images, 95% intervals", fontsize=10, loc="left")
 
 
 def _bar(axes: Any, place: float, value: float, interval: tuple[float, float], colour: str, label: str) -> None:
