@@ -128,8 +128,10 @@ class DinoObjective:
     def _search(self, j: int, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
         """What local queries `[L, B, d]` find in global view 1 of branch j's teacher: targets `[L, B, K]`."""
         rows = other.teacher.search(teacher.tokens, queries)  # type: ignore[operator]
-        scaled = HeadOutput(rows, teacher.t_head.prototypes).logits(temperature)
-        return softmax(scaled - self.centers[j, 1] / temperature if self.config.center_search else scaled)
+        found = HeadOutput(rows, teacher.t_head.prototypes)
+        if self.config.center_search:
+            return teacher_probabilities(found.logits(), self.centers[j, 1], temperature, in_place=True)
+        return softmax(found.logits(temperature))
 
     def _temperature(self, epoch: int, warmup_epochs: int) -> float:
         return teacher_temperature(epoch, warmup_epochs, *self.config.teacher_temp)

@@ -59,7 +59,8 @@ class Comparison:
     def title(self) -> str:
         """The task for human eyes, with the setting that was asked for."""
         name = _TITLES.get(self.task, self.task)
-        return name if self.at is None else f"{name} ({SETTINGS[self.task]} {self.at:g})"
+        # a result that was given a name of its own is asked for by that name
+        return name if self.at is None else f"{name} ({SETTINGS.get(self.task, 'at')} {self.at:g})"
 
     def document(self) -> dict[str, Any]:
         """As a JSON object; `branches` is the first method's part of `methods`."""
@@ -130,7 +131,7 @@ def _check_questions(evaluations: Mapping[Path, Evaluation]) -> None:
 
 def _check_protocols(evaluations: Mapping[Path, Evaluation], force: bool, remarks: list[str]) -> None:
     """All must have been evaluated alike, unless forced; of old evaluations it is not known."""
-    known = [(path, protocol) for path, found in evaluations.items() for protocol in found.protocols.values()]
+    known = [(path, protocol) for path, found in evaluations.items() for protocol in set(found.protocols.values())]
     for path, protocol in known:
         if protocol == known[0][1]:
             continue

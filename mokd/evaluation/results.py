@@ -30,8 +30,8 @@ class Evaluation:
     """One task's results for the branches of a run, at one step.
 
     results: a record per branch and setting: `branch`, `network`, `task`, `step`, `top1` and `top5` in percent, the
-    setting (`SETTINGS`), `predictions` (a key of the field of that name), and `headline`, true for one
-    record of each branch. test: the labelled data set; images: how many of it were used. labels, predictions: `[M]`.
+    setting (`SETTINGS`), `predictions` (a key of the field of that name), and `headline`, true for one record of each
+    branch. test: the labelled data set; images: how many of it were used. labels, predictions: `[M]`.
     fingerprints: per branch, of all that its results follow from; protocols: of that without weights and seed.
     """
 

@@ -45,6 +45,8 @@ def settings(config: RunConfig, task: str) -> dict[str, Any]:
     """What a task's results follow from, beside weights and data."""
     section = config.evaluation.model_dump(mode="json")
     images = config.views.model_dump(mode="json", include={"mean", "std"})
+    for path in ("train", "test"):  # the data are known by their content
+        section["transfer"].pop(path)
     keys = ["resize_px", "crop_px", task]
     if task != "knn":
         keys.append("area_scale")

@@ -111,6 +111,11 @@ def test_another_setting_than_the_headlines(write: Write) -> None:
     assert "dino: k-NN (k 10), top-1 of the teacher" in table.stdout
     with pytest.raises(UserError, match="no knn of resnet with k 7; there are: 10, 20"):
         compare(opened(runs), task="knn", network="teacher", at=7)
+    for run in runs:  # under a name of its own, as `mokd eval --name` leaves it
+        folder = RunDirectory(run).evaluations
+        named = results.read(results.result_path(folder, "knn", "teacher", STEP))
+        results.write(results.result_path(folder, "own", "teacher", STEP), named)
+    assert compare(opened(runs), task="own", network="teacher", at=10).title == "own (at 10)"
 
 
 def _with_runs(folder: Path, runs: list[Path]) -> Path:
@@ -185,6 +190,9 @@ def test_other_protocols_are_refused(write: Write) -> None:
     with pytest.raises(UserError, match=f"{runs[2]} was evaluated with other settings .* than {runs[0]}"):
         compare(opened(runs), task="knn", network="teacher")
     assert len(compare(opened(runs), task="knn", network="teacher", force=True).remarks) == 1
+    evaluate(runs[0], STEP, ACCURACY["pair"], protocol="another")  # two branches, one remark
+    found = compare(opened(runs), task="knn", network="teacher", force=True)
+    assert len(found.remarks) == len(set(found.remarks)) == 2
 
 
 def test_methods_may_be_of_different_length(write: Write) -> None:
