@@ -17,8 +17,8 @@ from benchmarks import data_contenders as contenders
 from benchmarks import data_conversion as conversion
 from benchmarks import data_footprint as footprint
 from benchmarks.machine import describe
-from data_pipeline.convert import ConvertOptions, convert
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.beton.convert import ConvertOptions, convert
+from data_pipeline.core.errors import DataError, UserError
 
 Say = Callable[[str], None]
 

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
-from data_pipeline.beton import BetonInfo, open_beton
+from data_pipeline.beton.format import BetonInfo, open_beton
+from data_pipeline.beton.samples import BetonSamples
 from data_pipeline.config import DataConfig, ViewsConfig
-from data_pipeline.draws import draw_views, view_sizes
-from data_pipeline.ffcv_loader import FfcvLoader
-from data_pipeline.loader import build_loader
-from data_pipeline.order import epoch_order
-from data_pipeline.samples import BetonSamples
-from data_pipeline.torchvision_loader import cut_view
+from data_pipeline.loaders.build import build_loader
+from data_pipeline.loaders.ffcv import FfcvLoader
+from data_pipeline.loaders.torchvision import cut_view
+from data_pipeline.sampling.draws import draw_views, view_sizes
+from data_pipeline.sampling.order import epoch_order
 
 SEED, BATCH = 5, 32
 VIEWS = ViewsConfig()

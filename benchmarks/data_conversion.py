@@ -7,12 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data_pipeline.errors import DataError
+from data_pipeline.core.errors import DataError
 
 _OURS = """
 import sys, time
 from pathlib import Path
-from data_pipeline.convert import ConvertOptions, convert
+from data_pipeline.beton.convert import ConvertOptions, convert
 source, output, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 started = time.perf_counter()
 report = convert([source], output, ConvertOptions(mode="original", workers=workers))

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.beton import ALLOCATION, CHECKSUM_BYTES, MODE_RAW, RECORD, RECORDS_START, header_bytes
-from data_pipeline.errors import DataError
-from data_pipeline.images import PAGE_SIZE
-from data_pipeline.manifest import FORMAT, Manifest, manifest_path
+from data_pipeline.beton.format import ALLOCATION, CHECKSUM_BYTES, MODE_RAW, RECORD, RECORDS_START, header_bytes
+from data_pipeline.beton.images import PAGE_SIZE
+from data_pipeline.beton.manifest import FORMAT, Manifest, manifest_path
+from data_pipeline.core.errors import DataError
 
 IMAGENET_SAMPLES = 1_281_167
 
@@ -28,8 +28,8 @@ def state():
     import os, threading
     return {"rss_mb": memory(), "threads": threading.active_count(), "files": len(os.listdir("/proc/self/fd"))}
 from data_pipeline.config import DataConfig, ViewsConfig
-from data_pipeline.loader import build_loader
-import data_pipeline.ffcv_loader
+from data_pipeline.loaders.build import build_loader
+import data_pipeline.loaders.ffcv
 path, job, batch, limit = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) or None
 found = {"imports_s": time.time() - started, "imports_mb": memory()}
 data = DataConfig(train=path, workers=2, batches_ahead=3, limit=limit)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks.step_ours import synchronise
 from benchmarks.step_plain import literal_paired, literal_rows
-from data_pipeline.errors import DataError
+from data_pipeline.core.errors import DataError
 from mokd.config import RunConfig
-from mokd.losses import Target
-from mokd.prototype_loss import distillation_loss
-from mokd.prototypes import logits_in
+from mokd.losses.kernels.targets import Target
+from mokd.losses.prototype_loss import distillation_loss
+from mokd.losses.prototypes import logits_in
 
 
 def run(config: RunConfig, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from data_pipeline.errors import DataError, UserError
-from mokd.comparison import Run, differences, settings
+from data_pipeline.core.errors import DataError, UserError
+from mokd.comparison.gain import Comparison, compare
+from mokd.comparison.pairing import Run, differences, settings
+from mokd.comparison.solo import solo
 from mokd.config import RunConfig
+from mokd.evaluation.entry import evaluate
 from mokd.evaluation.job import Request
-from mokd.evaluation.start import evaluate
 from mokd.evaluation.tasks import TASKS
-from mokd.files import read_json
-from mokd.gain import Comparison, compare
-from mokd.metrics import read_metrics
-from mokd.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
-from mokd.solo import solo
-from mokd.start import train
+from mokd.runs.files import read_json
+from mokd.runs.metrics import read_metrics
+from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
+from mokd.training.start import train
 
 Say = Callable[[str], None]
 

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.step import PACKAGES, SOURCES
-from data_pipeline.errors import DataError, UserError
-from data_pipeline.schema import dump_yaml
+from data_pipeline.core.errors import DataError, UserError
+from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, pick_device
+from mokd.distributed.process_group import Ranks, pick_device
 
 _NO_ROOM = re.compile(r"out of memory|allocate memory|MemoryError|bad_alloc", re.IGNORECASE)
 _SMALLEST = 2  # batch statistics of one image are no statistics

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.schema import dump_yaml
-from mokd import environment
+from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
-from mokd.metrics import read_metrics
-from mokd.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs import environment
+from mokd.runs.metrics import read_metrics
+from mokd.runs.run_directory import EXIT_DONE, RunDirectory
 
 SAVES, EVERY = 6, 3  # measured saves, and steps between two
 STEPS = (SAVES + 1) * EVERY  # the last save is waited for, in either mode, and does not count
@@ -66,7 +66,7 @@ def _changed(config: RunConfig, steps: int, asynchronous: bool) -> RunConfig:
 
 def _start(directory: RunDirectory) -> subprocess.Popen[bytes]:
     variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_STEP_ID")}
-    command = [sys.executable, "-m", "mokd.train", str(directory.path)]
+    command = [sys.executable, "-m", "mokd.training.entry", str(directory.path)]
     return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

@@ -19,12 +19,12 @@ from torch import nn
 from benchmarks.machine import describe
 from benchmarks.step import PACKAGES, SOURCES, Effort, Say
 from benchmarks.step_ours import Pair
-from data_pipeline.errors import DataError
-from data_pipeline.schema import dump_yaml
-from mokd.branch import Branch
+from data_pipeline.core.errors import DataError
+from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, pick_device
-from mokd.workers import supervise
+from mokd.distributed.local_ranks import supervise
+from mokd.distributed.process_group import Ranks, pick_device
+from mokd.objectives.branch import Branch
 
 WORLDS = (1, 2, 4)
 LINKS_GB_PER_SECOND = {"10 GbE": 1.25, "100 GbE": 12.5, "4 x HDR InfiniBand": 100.0, "NVLink 4": 450.0}

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.step_ours import FIRST_STEP, Clock, OurStep, Pair, synchronise
 from mokd.config import load_config
-from mokd.distributed import barrier, join, leave, pick_device, ranks_from_environment
-from mokd.train import leave_at_once
+from mokd.distributed.process_group import barrier, join, leave, pick_device, ranks_from_environment
+from mokd.training.entry import leave_at_once
 
 
 def main(given: str, found: str, warmup: str, steps: str) -> None:

@@ -24,10 +24,10 @@ from benchmarks import fused_loss
 from benchmarks.machine import ROOT, describe
 from benchmarks.step_ours import FIRST_STEP, Clock, OurStep, Pair, synchronise
 from benchmarks.step_plain import PlainStep
-from data_pipeline.errors import DataError
-from data_pipeline.schema import dump_yaml
+from data_pipeline.core.errors import DataError
+from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, pick_device
+from mokd.distributed.process_group import Ranks, pick_device
 
 Say = Callable[[str], None]
 Step = Callable[[Sequence[Tensor], int], list[dict[str, Any]]]

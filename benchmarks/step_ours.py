@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mokd.compilation import compile_branch
 from mokd.config import RunConfig
-from mokd.distributed import Ranks
-from mokd.objective import build_objective
-from mokd.optim import BranchOptimizer
-from mokd.parallel import parallelise
-from mokd.preflight import images_per_rank
-from mokd.schedules import cosine
-from mokd.seeds import derive_seed
-from mokd.stopping import StopRequest
-from mokd.training_step import TrainingStep
+from mokd.distributed.process_group import Ranks
+from mokd.distributed.stopping import StopRequest
+from mokd.objectives.base import build_objective
+from mokd.optim.optimizer import BranchOptimizer
+from mokd.optim.schedules import cosine
+from mokd.parallel.compile import compile_branch
+from mokd.parallel.parallelize import parallelize
+from mokd.runs.seeds import derive_seed
+from mokd.training.preflight import images_per_rank
+from mokd.training.step import TrainingStep
 
 EPOCH_STEPS = 1000
 FIRST_STEP = 40 * EPOCH_STEPS  # past the freeze and the warm-ups of rates and temperatures
@@ -40,7 +40,7 @@ class Pair:
             branch = self.objective.build_branch(branch_config, self.images)
             if config.execution.compile:
                 compile_branch(branch, cuda_graphs=config.execution.cuda_graphs)
-            parallelise(branch, config.parallel, config.precision, device)
+            parallelize(branch, config.parallel, config.precision, device)
             branch.optimizer = BranchOptimizer(
                 branch.student, branch_config, config.optim, config.lr_scale, EPOCH_STEPS
             )

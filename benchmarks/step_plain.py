@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.step_ours import Pair
-from mokd.backbones import Features
-from mokd.branch import Branch
-from mokd.network import Network
-from mokd.prototypes import Prototypes
-from mokd.schedules import teacher_temperature
-from mokd.training_step import seed_branch
+from mokd.losses.prototypes import Prototypes
+from mokd.models.backbones import Features
+from mokd.objectives.branch import Branch
+from mokd.objectives.dino_network import Network
+from mokd.optim.schedules import teacher_temperature
+from mokd.training.step import seed_branch
 
 
 class PlainStep:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.schema import PositiveFloat, PositiveInt, Probability, StrictModel
+from data_pipeline.core.schema import PositiveFloat, PositiveInt, Probability, StrictModel
 
 Interval = tuple[float, float]
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline import schema
-from data_pipeline.errors import UserError
-from data_pipeline.schema import NonNegativeInt, PositiveInt, StrictModel
+from data_pipeline.core import schema
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.schema import NonNegativeInt, PositiveInt, StrictModel
 
 # what the launcher sets itself: given again as an extra parameter they would contradict it
 OWN_PARAMETERS = frozenset(

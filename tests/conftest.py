@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.convert import convert
-from data_pipeline.synthetic import generate
+from data_pipeline.beton.convert import convert
+from data_pipeline.beton.synthetic import generate
 
 
 @pytest.fixture(scope="session")

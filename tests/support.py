@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import schema
+from data_pipeline.core import schema
 from mokd.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent

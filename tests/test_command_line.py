@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.manifest import manifest_path
+from data_pipeline.beton.manifest import manifest_path
 from launcher import cli
 from tests.support import mokd, tiny
 

@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import UserError
-from data_pipeline.sources import list_images
+from data_pipeline.beton.sources import list_images
+from data_pipeline.core.errors import UserError
 
 
 def split(images: Path, output: Path) -> str:

@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 
-// Keep in step with the messages in data_pipeline/native_library.py.
+// Keep in step with the messages in data_pipeline/core/native_library.py.
 enum Status : int32_t {
     kOk = 0,
     kReadError = 1,     // the operating system reported an error

@@ -40,7 +40,7 @@ struct Photometric {
     int32_t taps;
 };
 
-// Keep in step with data_pipeline/native_library.py.
+// Keep in step with data_pipeline/core/native_library.py.
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // What all views have in common: solarisation from `threshold` on, scale and shift by channel, the type of the result.

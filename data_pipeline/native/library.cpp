@@ -1,4 +1,4 @@
-// The C interface that data_pipeline/native_library.py calls: batches of samples, shared out over threads.
+// The C interface that data_pipeline/core/native_library.py calls: batches of samples, shared out over threads.
 #include <unistd.h>
 
 #include <algorithm>

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import MultiCropLoader
 from data_pipeline.config import CropConfig, JitterConfig, ViewsConfig
-from data_pipeline.errors import UserError
-from data_pipeline.loader import build_loader
-from data_pipeline.order import Int64Array
-from mokd.backbones import Backbone
+from data_pipeline.core.errors import UserError
+from data_pipeline.loaders.batch import MultiCropLoader
+from data_pipeline.loaders.build import build_loader
+from data_pipeline.sampling.order import Int64Array
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, all_gather
+from mokd.distributed.process_group import Ranks, all_gather
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.features import Read
 from mokd.evaluation.linear import Batch
+from mokd.models.backbones import Backbone
 
 
 def one_view(config: RunConfig) -> ViewsConfig:

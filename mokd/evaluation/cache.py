@@ -22,10 +22,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.order import Int64Array
-from mokd.distributed import Ranks, barrier, broadcast_from_main
+from data_pipeline.sampling.order import Int64Array
+from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
 from mokd.evaluation.features import first_bad
-from mokd.files import file_checksum, read_json, replace_json, sync_file
+from mokd.runs.files import file_checksum, read_json, replace_json, sync_file
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ LEFTOVER_SECONDS = 24 * 3600.0
 IN_MEMORY_BYTES = 2 << 30
 
 
-class Features:
+class CachedFeatures:
     """Features `[N, D]` in fp32, in the data set's order, as arrays of consecutive rows."""
 
     def __init__(self, parts: Sequence[NDArray[np.float32]]) -> None:
@@ -58,12 +58,12 @@ class Features:
             yield start, self.take(np.arange(start, min(start + size, high)))
 
 
-def open_features(directory: Path) -> Features:
+def open_features(directory: Path) -> CachedFeatures:
     """The features in a directory that is whole; large ones stay on the disk and are mapped into memory."""
     files = (read_json(directory / "index.json") or {})["files"]
     order = sorted(files, key=lambda name: files[name]["first_row"])
     parts = [np.load(directory / name, mmap_mode="r") for name in order]
-    return Features([np.concatenate(parts)] if sum(part.nbytes for part in parts) <= IN_MEMORY_BYTES else parts)
+    return CachedFeatures([np.concatenate(parts)] if sum(part.nbytes for part in parts) <= IN_MEMORY_BYTES else parts)
 
 
 def is_whole(directory: Path) -> bool:

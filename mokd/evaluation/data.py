@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import UserError
-from data_pipeline.loader import Backend, check_path
-from data_pipeline.order import Int64Array, subset
-from data_pipeline.samples import Samples, open_samples
-from mokd.evaluation.config import EvaluationConfig
+from data_pipeline.beton.samples import Samples, open_samples
+from data_pipeline.core.errors import UserError
+from data_pipeline.loaders.build import Backend, check_path
+from data_pipeline.sampling.order import Int64Array, subset
+from mokd.config.evaluation import EvaluationConfig
 
 
 @dataclass(frozen=True)

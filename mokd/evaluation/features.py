@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.batch import LabelledBatch
-from data_pipeline.errors import UserError
-from data_pipeline.eval_loader import EvalLoader
-from data_pipeline.loader import build_eval_loader
-from mokd.backbones import Backbone
+from data_pipeline.core.errors import UserError
+from data_pipeline.loaders.batch import LabelledBatch
+from data_pipeline.loaders.build import build_eval_loader
+from data_pipeline.loaders.evaluation import EvalLoader
 from mokd.config import RunConfig
-from mokd.distributed import Ranks
+from mokd.distributed.process_group import Ranks
 from mokd.evaluation.data import LabelledSet
+from mokd.models.backbones import Backbone
 
 Read = Callable[[Backbone, Tensor], Tensor]
 # a way to read a network, with its name

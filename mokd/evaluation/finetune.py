@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from data_pipeline.batch import MultiCropLoader
-from data_pipeline.errors import UserError
-from data_pipeline.order import Int64Array, class_subset
-from mokd.backbones import Backbone
-from mokd.distributed import all_reduce_sum
+from data_pipeline.core.errors import UserError
+from data_pipeline.loaders.batch import MultiCropLoader
+from data_pipeline.sampling.order import Int64Array, class_subset
+from mokd.config.evaluation import FinetuneConfig, RatesConfig
+from mokd.distributed.process_group import all_reduce_sum
 from mokd.evaluation.answers import Answer, Outcome
 from mokd.evaluation.augmented import batch_of, labelled_loader
-from mokd.evaluation.config import FinetuneConfig, RatesConfig
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.features import eval_loader, gather_rows
 from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.linear import BASE_BATCH
 from mokd.evaluation.subjects import Subject, digest
 from mokd.evaluation.work import Work
-from mokd.parallel import average_gradients
-from mokd.precision import autocast
-from mokd.progress import EpochLines
-from mokd.schedules import warmup_cosine
-from mokd.seeds import derive_seed
-from mokd.sync_batchnorm import synchronise_batchnorm
+from mokd.models.backbones import Backbone
+from mokd.models.sync_batchnorm import synchronize_batchnorm
+from mokd.optim.precision import autocast
+from mokd.optim.schedules import warmup_cosine
+from mokd.parallel.parallelize import average_gradients
+from mokd.runs.progress import EpochLines
+from mokd.runs.seeds import derive_seed
 
 
 class Classifier(nn.Module):
@@ -82,7 +82,7 @@ class FineTuning:
         width = _pooled_width(backbone, config.evaluation.crop_px)
         self._model = Classifier(backbone, width, len(train.classes))
         if ranks.world_size > 1:
-            synchronise_batchnorm(self._model, device)
+            synchronize_batchnorm(self._model, device)
         self._model.to(device)
         kind = section.optimizer or ("adamw" if backbone.is_sequence else "sgd")
         rates = section.adamw if kind == "adamw" else section.sgd

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from mokd.config import RunConfig
-from mokd.distributed import broadcast_from_main
+from mokd.distributed.process_group import broadcast_from_main
 from mokd.evaluation import knn
 from mokd.evaluation.answers import Answer, Outcome
-from mokd.evaluation.cache import CacheWriter, Features, is_whole, open_features, prune
+from mokd.evaluation.cache import CachedFeatures, CacheWriter, is_whole, open_features, prune
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.features import Reading, check_finite, eval_loader, extract, pooled
 from mokd.evaluation.subjects import Subject, digest
 from mokd.evaluation.work import Work
 
 
-def features_of(work: Work, readings: Sequence[Reading], data: LabelledSet) -> list[Features]:
+def features_of(work: Work, readings: Sequence[Reading], data: LabelledSet) -> list[CachedFeatures]:
     """Features of a data set by several networks, from the cache or computed in one pass over the images."""
     subjects, config, ranks, device = work.subjects, work.config, work.ranks, work.device
     folder = work.directory / "features"

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline import schema
-from data_pipeline.errors import UserError
+from data_pipeline.core import schema
+from data_pipeline.core.errors import UserError
 from mokd.config import RunConfig
-from mokd.distributed import Ranks, broadcast_from_main
+from mokd.distributed.process_group import Ranks, broadcast_from_main
 from mokd.evaluation import results, tasks
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.results import Evaluation
 from mokd.evaluation.subjects import NETWORKS, Subject, chosen, digest, from_file, from_run
 from mokd.evaluation.work import Work
-from mokd.run_directory import RunDirectory
+from mokd.runs.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

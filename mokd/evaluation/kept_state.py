@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mokd.distributed import barrier, broadcast_from_main
-from mokd.files import replace_bytes
+from mokd.distributed.process_group import barrier, broadcast_from_main
+from mokd.runs.files import replace_bytes
 
 log = logging.getLogger(__name__)
 

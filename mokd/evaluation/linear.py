@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.order import epoch_order
-from mokd.evaluation.cache import Features
-from mokd.schedules import cosine
+from data_pipeline.sampling.order import epoch_order
+from mokd.evaluation.cache import CachedFeatures
+from mokd.optim.schedules import cosine
 
 MOMENTUM = 0.9
 BASE_BATCH = 256
@@ -83,7 +83,7 @@ class Source(Protocol):
 class Standardised:
     """Features with mean 0 and deviation 1 over the training set, in every dimension: one rate then suits them all."""
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: CachedFeatures) -> None:
         self._features = features
         total = torch.zeros(features.width, dtype=torch.float64)
         squares = torch.zeros_like(total)
@@ -107,7 +107,7 @@ class FeatureSource:
 
     def __init__(
         self,
-        features: Sequence[Features],
+        features: Sequence[CachedFeatures],
         scales: Sequence[Standardised],
         labels: Tensor,
         batch: int,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mokd.config import RunConfig
-from mokd.distributed import Ranks
+from mokd.distributed.process_group import Ranks
 from mokd.evaluation.answers import Answer, Outcome
 from mokd.evaluation.augmented import AugmentedSource, batch_of, labelled_loader
 from mokd.evaluation.features import Reading, gather_rows, probe_reading
@@ -19,7 +19,7 @@ from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.linear import BASE_BATCH, BLOCK, FeatureSource, Heads, Source, Standardised, train_epoch
 from mokd.evaluation.subjects import digest
 from mokd.evaluation.work import Work
-from mokd.progress import EpochLines
+from mokd.runs.progress import EpochLines
 
 
 def linear_task(work: Work) -> list[Outcome]:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data_pipeline.errors import UserError
-from mokd.files import checksum, read_json, replace_bytes, replace_json
+from data_pipeline.core.errors import UserError
+from mokd.runs.files import checksum, read_json, replace_bytes, replace_json
 
 Int64Array = NDArray[np.int64]
 LABELS = "labels"

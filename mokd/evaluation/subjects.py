@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from data_pipeline.errors import UserError
-from mokd import checkpoint, state
-from mokd.backbones import Backbone, build_backbone, load_weights
+from data_pipeline.core.errors import UserError
+from mokd.checkpointing import state, storage
 from mokd.config import BranchConfig, RunConfig
-from mokd.files import checksum, file_checksum
-from mokd.run_directory import RunDirectory
-from mokd.seeds import derive_seed
+from mokd.models.backbones import Backbone, build_backbone, load_weights
+from mokd.runs.files import checksum, file_checksum
+from mokd.runs.run_directory import RunDirectory
+from mokd.runs.seeds import derive_seed
 
 NETWORKS = ("teacher", "student", "scratch")
 
@@ -45,7 +45,7 @@ def from_run(run: RunDirectory, config: RunConfig, network: str) -> list[Subject
     """All branches of a run at its newest checkpoint, or as they were before any training (`scratch`)."""
     if network == "scratch":
         return [_untrained(branch, config) for branch in config.branches]
-    found = checkpoint.newest(run)
+    found = storage.newest(run)
     if found is None:
         raise UserError(f"{run.path}: has no complete checkpoint yet")
     return [_saved(found, branch, config, network) for branch in config.branches]
@@ -56,7 +56,7 @@ def _identity(branch: BranchConfig, config: RunConfig, **weights: str | int) -> 
     return {**built_from, "image_px": config.views.global_crops.size_px, **weights}
 
 
-def _saved(found: checkpoint.Checkpoint, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
+def _saved(found: storage.Checkpoint, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
     def build(drop_path: float, images_per_rank: int) -> Backbone:
         backbone = _empty(branch, config, drop_path, images_per_rank)
         tensors = state.network_tensors(found, branch.name, network)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mokd.config import RunConfig
-from mokd.distributed import Ranks
+from mokd.distributed.process_group import Ranks
 from mokd.evaluation.data import LabelledSet
 from mokd.evaluation.subjects import Subject
 

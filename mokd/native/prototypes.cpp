@@ -27,7 +27,7 @@
 #define LANES
 #endif
 
-// What rows are compared with: probabilities `[k, views, B]`. See `mokd.losses.Cut`.
+// What rows are compared with: probabilities `[k, views, B]`. See `mokd.losses.kernels.targets.Cut`.
 struct Term {
     const float* p;
     int64_t views;

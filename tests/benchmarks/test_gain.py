@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from benchmarks.gain import locate, plan, run
-from data_pipeline.errors import UserError
-from data_pipeline.schema import dump_yaml
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.schema import dump_yaml
+from mokd.comparison.solo import solo
 from mokd.config import RunConfig
-from mokd.metrics import read_metrics
-from mokd.run_directory import EXIT_STOPPED, RunDirectory
-from mokd.solo import solo
+from mokd.runs.metrics import read_metrics
+from mokd.runs.run_directory import EXIT_STOPPED, RunDirectory
 from tests.support import ROOT, VIT, tiny_config
 
 

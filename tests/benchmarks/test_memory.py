@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.core.errors import DataError, UserError
 from mokd.config import RunConfig, load_config
 from tests.support import ROOT
 

@@ -10,8 +10,8 @@ import torch
 from benchmarks import scaling, step, step_ours
 from benchmarks.step_ours import FIRST_STEP, OurStep, Pair
 from benchmarks.step_plain import PlainStep
-from data_pipeline.errors import DataError
-from data_pipeline.schema import dump_yaml
+from data_pipeline.core.errors import DataError
+from data_pipeline.core.schema import dump_yaml
 from tests.support import RESNET, THIRD, VIT, mokd, tiny_config
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import UserError
-from launcher.records import Records
-from launcher.status import read_status
-from launcher.submit import cancel, submit
-from mokd.run_directory import RunDirectory
+from data_pipeline.core.errors import UserError
+from launcher.runs.records import Records
+from launcher.slurm.status import read_status
+from launcher.slurm.submit import cancel, submit
+from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from tests.slurm.harness import (
     PAYLOAD,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.records import Records
-from mokd.run_directory import RunDirectory
+from launcher.runs.records import Records
+from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from tests.slurm.harness import (
     board_steps,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from launcher.records import checkpoint_step
-from mokd.crash_points import VARIABLE
-from mokd.run_directory import EXIT_DONE, RunDirectory
+from launcher.runs.records import checkpoint_step
+from mokd.checkpointing.crash_points import VARIABLE
+from mokd.runs.run_directory import EXIT_DONE, RunDirectory
 from tests.slurm.harness import ROOT, config, logged_steps, weights
 
 Record = Callable[[str, Any], None]
@@ -28,7 +28,7 @@ POINTS = [
 def start(run: RunDirectory, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     return subprocess.run(
-        [sys.executable, "-m", "mokd.train", str(run.path)],
+        [sys.executable, "-m", "mokd.training.entry", str(run.path)],
         env={**variables, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
@@ -149,7 +149,7 @@ def test_beton_replaced_between_restarts(beton: Path, tmp_path: Path) -> None:
         shutil.copy(path, tmp_path)
     run = new_run(tmp_path / "train.beton", tmp_path / "replaced")
     assert start(run, **{VARIABLE: "latest"}).returncode == CRASHED
-    from data_pipeline.convert import ConvertOptions, convert
+    from data_pipeline.beton.convert import ConvertOptions, convert
 
     for path in tmp_path.glob("train.beton*"):
         path.unlink()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher.records import Records, checkpoint_step
-from launcher.status import read_status
-from mokd.run_directory import RunDirectory
+from launcher.runs.records import Records, checkpoint_step
+from launcher.slurm.status import read_status
+from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from tests.slurm.harness import (
     attempt_record,

@@ -10,16 +10,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import launcher.job
-from data_pipeline.errors import UserError
-from launcher.records import checkpoint_step
-from mokd.run_directory import RunDirectory
+import launcher.slurm.rank_entry
+from data_pipeline.core.errors import UserError
+from launcher.runs.records import checkpoint_step
+from mokd.runs.run_directory import RunDirectory
 
 
 def run(directory: Path, stop):
     directory_, plan = RunDirectory(directory), json.loads((directory / "payload.json").read_text())
     attempt, rank = int(os.environ["MOKD_ATTEMPT"]), int(os.environ["RANK"])
-    (directory / "where.json").write_text(json.dumps(launcher.job.__file__))
+    (directory / "where.json").write_text(json.dumps(launcher.slurm.rank_entry.__file__))
     started = step = checkpoint_step(directory_)
     if plan.get("user_error"):
         raise UserError(plan["user_error"])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.core.errors import UserError
 from launcher.config import load_cluster, minutes
 
 
@@ -47,7 +47,7 @@ def test_flags_beat_the_file_beats_the_site(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_examples_of_sites_are_valid() -> None:
-    from data_pipeline.schema import read_yaml
+    from data_pipeline.core.schema import read_yaml
 
     examples = sorted((Path(__file__).resolve().parents[2] / "slurm" / "sites").glob("*.yaml"))
     assert examples

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline import schema
-from data_pipeline.errors import UserError
+from data_pipeline.core import schema
+from data_pipeline.core.errors import UserError
 from mokd.config import RunConfig, load_config
 from tests.support import ROOT, tiny
 

@@ -10,9 +10,9 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from mokd.distributed import barrier, join, leave, ranks_from_environment
-from mokd.memory_bank import MemoryBank, gather_keys
-from mokd.train import leave_at_once
+from mokd.distributed.process_group import barrier, join, leave, ranks_from_environment
+from mokd.objectives.memory_bank import MemoryBank, gather_keys
+from mokd.training.entry import leave_at_once
 
 IMAGES, WIDTH, SIZE, STEPS = 8, 6, 44, 5
 

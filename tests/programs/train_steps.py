@@ -10,19 +10,19 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline import schema
-from mokd import state
-from mokd.branch import Branch
+from data_pipeline.core import schema
+from mokd.checkpointing import state
 from mokd.config import RunConfig
-from mokd.distributed import barrier, join, leave, pick_device, ranks_from_environment
-from mokd.objective import build_objective
-from mokd.optim import BranchOptimizer
-from mokd.parallel import parallelise
-from mokd.preflight import images_per_rank
-from mokd.sharding import piece
-from mokd.stopping import StopRequest
-from mokd.train import leave_at_once
-from mokd.training_step import TrainingStep
+from mokd.distributed.process_group import barrier, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.sharding import piece
+from mokd.distributed.stopping import StopRequest
+from mokd.objectives.base import build_objective
+from mokd.objectives.branch import Branch
+from mokd.optim.optimizer import BranchOptimizer
+from mokd.parallel.parallelize import parallelize
+from mokd.training.entry import leave_at_once
+from mokd.training.preflight import images_per_rank
+from mokd.training.step import TrainingStep
 from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny
 
 BATCH, STEPS = 12, 5
@@ -66,7 +66,7 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
     for i, branch_config in enumerate(config.branches):
         torch.manual_seed(i)
         branch = objective.build_branch(branch_config, own)
-        parallelise(branch, config.parallel, config.precision, device, accumulate=config.optim.accumulate > 1)
+        parallelize(branch, config.parallel, config.precision, device, accumulate=config.optim.accumulate > 1)
         branch.optimizer = BranchOptimizer(branch.student, branch_config, config.optim, 1.0, STEPS)
         branches.append(branch)
         if branch.loss_scale is not None:

@@ -1,4 +1,4 @@
-"""Trains a run until a step and stops there as if a signal had come; the exit status is that of `mokd.train`.
+"""Trains a run until a step and stops there as if a signal had come; the exit status is that of `mokd.training.entry`.
 
 usage: python -m tests.programs.train_until RUN_DIRECTORY STEP [float64]
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.batch import ViewBatch
-from mokd import train
-from mokd.run_directory import EXIT_DONE, EXIT_STOPPED
-from mokd.stopping import StopRequest
-from mokd.trainer import Trainer
+from data_pipeline.loaders.batch import ViewBatch
+from mokd.distributed.stopping import StopRequest
+from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED
+from mokd.training import entry
+from mokd.training.trainer import Trainer
 
 
 def main(directory: str, step: int, dtype: str = "float32") -> int:
@@ -30,9 +30,9 @@ def main(directory: str, step: int, dtype: str = "float32") -> int:
         return original(self, dataclasses.replace(batch, views=views), epoch)
 
     Trainer._train_step = counted  # type: ignore[method-assign]
-    outcome = train.run(Path(directory), stop)
+    outcome = entry.run(Path(directory), stop)
     return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
 
 
 if __name__ == "__main__":
-    train.leave_at_once(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))
+    entry.leave_at_once(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

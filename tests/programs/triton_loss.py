@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mokd import prototype_blocks, prototype_loss, prototype_triton
-from mokd.losses import Target
-from mokd.prototype_loss import Kernels
-from mokd.prototypes import HeadOutput, Prototypes
+from mokd.losses import prototype_loss
+from mokd.losses.kernels import plain, triton
+from mokd.losses.kernels.targets import Target
+from mokd.losses.prototype_loss import Kernels
+from mokd.losses.prototypes import HeadOutput, Prototypes
 
 V, Q, B, C, K = 4, 2, 2, 8, 1500  # a tile and a part of one
 
@@ -30,9 +31,9 @@ def main() -> None:
     cases = [([self_, cross], True), ([search, self_], False), ([search], True), (more, False)]
     for targets, recompute in cases:
         options = {"recompute": recompute, "targets": targets, "temperature": 0.1}
-        compare(*(results(rows, head, kernels=k, **options) for k in (prototype_triton, prototype_blocks)))
+        compare(*(results(rows, head, kernels=k, **options) for k in (triton, plain)))
     logits = torch.randn(V, B, K)
-    compare(*(from_logits(logits, [self_, search], kernels=k) for k in (prototype_triton, prototype_blocks)))
+    compare(*(from_logits(logits, [self_, search], kernels=k) for k in (triton, plain)))
     half_precision_output()
 
 
@@ -56,7 +57,7 @@ def half_precision_output() -> None:
     """The gradient is written in the type that the products take."""
     x, factor = torch.rand(V, B, K), torch.rand(V, B, 2)
     expected = x * factor.repeat_interleave(1024, dim=-1)[..., :K]
-    out = prototype_triton.gradient(x.clone(), factor, [], torch.bfloat16)
+    out = triton.gradient(x.clone(), factor, [], torch.bfloat16)
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=0)  # the interpreter rounds towards zero
 
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import schema
+from data_pipeline.core import schema
 from launcher.config import ClusterConfig
-from launcher.processes import process_start
-from launcher.records import Records, checkpoint_step
-from launcher.status import FINAL, RunStatus, read_status
-from launcher.submit import create_run, submit
+from launcher.runs.processes import process_start
+from launcher.runs.records import Records, checkpoint_step
+from launcher.slurm.status import FINAL, RunStatus, read_status
+from launcher.slurm.submit import create_run, submit
 from mokd.config import RunConfig
-from mokd.files import read_json
-from mokd.run_directory import RunDirectory
+from mokd.runs.files import read_json
+from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from slurm.config import Options
 
@@ -75,8 +75,8 @@ class Process:
 
 def make_images(folder: Path) -> Path:
     """A small beton of generated pictures."""
-    from data_pipeline.convert import ConvertOptions, convert
-    from data_pipeline.synthetic import generate
+    from data_pipeline.beton.convert import ConvertOptions, convert
+    from data_pipeline.beton.synthetic import generate
 
     generate(folder / "images", classes=4, per_class_train=IMAGES // 4, per_class_test=1, size_px=40)
     convert([folder / "images" / "train"], folder / "train.beton", ConvertOptions(workers=1))
@@ -181,7 +181,12 @@ def ranks(run: RunDirectory) -> dict[int, Process]:
         except OSError:
             continue
         mine = b"submitit.core._submit" in command and str(run.jobs).encode() in command
-        if mine and b"srun" not in command and b"SLURM_PROCID" in environment and b"launcher.supervisor" not in command:
+        if (
+            mine
+            and b"srun" not in command
+            and b"SLURM_PROCID" in environment
+            and b"launcher.slurm.supervisor" not in command
+        ):
             found[int(environment[b"SLURM_PROCID"])] = Process.of(int(entry.name))
     return found
 

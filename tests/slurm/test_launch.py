@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.status import read_status
-from mokd.run_directory import RunDirectory
+from launcher.slurm.status import read_status
+from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from tests.slurm.harness import config, logs, pretend, wait_for, wait_until_final
 from tests.support import mokd
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
 def write_config(beton: Path, folder: Path) -> Path:
-    from data_pipeline.schema import dump_yaml
+    from data_pipeline.core.schema import dump_yaml
 
     path = folder / "small.yaml"
     path.write_text(dump_yaml(config(beton, "small", epochs=1)))

@@ -1,0 +1,1 @@
+"""Images to beton files and back: conversion, format, verification."""

@@ -1,0 +1,1 @@
+"""Errors, strict configurations, native code and memory: what everything else stands on."""

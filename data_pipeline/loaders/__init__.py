@@ -1,0 +1,1 @@
+"""Batches of views for training, and of centre crops for evaluation, by FFCV or torchvision."""

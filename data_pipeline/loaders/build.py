@@ -1,0 +1,108 @@
+"""The loaders behind one interface: choose the backend, check what only the machine can tell, build."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data_pipeline.config import DataConfig, ViewsConfig
+from data_pipeline.core.errors import UserError
+from data_pipeline.loaders.batch import MultiCropLoader
+from data_pipeline.loaders.evaluation import EvalLoader
+from data_pipeline.sampling.order import Int64Array
+
+Backend = Literal["ffcv", "torchvision"]
+
+
+def build_loader(
+    data: DataConfig,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    global_batch: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ids: Int64Array | None = None,
+) -> MultiCropLoader:
+    """The training loader of one rank. `data.train` is a beton; for backend torchvision it may be an image folder.
+
+    ids: the samples to use, instead of those that `data.limit` keeps.
+
+    Raises UserError when the data cannot be read as asked.
+    """
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} of {world_size}: ranks count from 0")
+    check_path(data.train, data.backend)
+    warn_workers(data.workers)
+    arguments: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size, "global_batch": global_batch}
+    arguments |= {"device": torch.device(device), "dtype": dtype, "ids": ids}
+    # the backends are imported here: the reference one works without FFCV and the native library
+    if data.backend == "torchvision":
+        from data_pipeline.loaders.torchvision import TorchvisionLoader
+
+        return TorchvisionLoader(data, views, **arguments)
+    from data_pipeline.loaders.ffcv import FfcvLoader
+
+    return FfcvLoader(data, views, **arguments)
+
+
+def build_eval_loader(
+    path: Path,
+    *,
+    backend: Backend = "ffcv",
+    resize_px: int,
+    crop_px: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 8,
+    device: str | torch.device = "cpu",
+    limit: int | None = None,
+) -> EvalLoader:
+    """Labelled images for evaluation: shorter side to `resize_px` (bicubic), central `crop_px`, normalised, in order.
+
+    Each rank gets a contiguous part of the (limited) data set; together they see every sample once. Raises UserError.
+    """
+    if crop_px > resize_px:
+        raise UserError(f"evaluation: a crop of {crop_px} pixels cannot be cut from images resized to {resize_px}")
+    check_path(path, backend)
+    warn_workers(workers)
+    if backend == "torchvision":
+        from data_pipeline.loaders.torchvision import torchvision_eval_batches as batches
+    else:
+        from data_pipeline.loaders.ffcv_evaluation import ffcv_eval_batches as batches
+    return EvalLoader(
+        batches, path, resize_px, crop_px, mean, std, batch_size, rank, world_size, workers, torch.device(device), limit
+    )
+
+
+def warn_workers(workers: int) -> None:
+    """Warns when there are fewer cores than workers: they only get in each other's way."""
+    cores = len(os.sched_getaffinity(0))
+    if workers > cores:
+        warnings.warn(f"data.workers: {workers} workers share {cores} cores of this process", stacklevel=3)
+
+
+def check_path(path: Path, backend: Backend) -> None:
+    """UserError when there is nothing at `path` that the backend could read."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make a beton with: mokd convert IMAGE_FOLDER {path}")
+    if path.is_dir() and backend == "ffcv":
+        hint = f"convert it first (mokd convert {path} OUT.beton), or use data.backend=torchvision"
+        raise UserError(f"{path}: is a folder; {hint}")
+
+
+def count_samples(path: Path, backend: Backend) -> int:
+    """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
+    from data_pipeline.beton.samples import open_samples
+
+    check_path(path, backend)
+    return open_samples(path).size

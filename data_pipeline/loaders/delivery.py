@@ -1,0 +1,79 @@
+"""The way of a batch from host memory to normalised views on its device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.config import ViewsConfig
+from data_pipeline.core.host_memory import Packed
+from data_pipeline.core.native_library import PHOTOMETRIC, Engine
+from data_pipeline.transforms.photometrics import CpuPhotometrics, photometrics_torch
+
+Views = tuple[Tensor, ...]
+Delivery = Callable[[Iterator[Packed]], Iterator[Views]]
+
+
+def make_delivery(views: ViewsConfig, device: torch.device, dtype: torch.dtype, engine: Engine) -> Delivery:
+    """What turns packed batches into views on `device`, one `[V_g, B, 3, S_g, S_g]` per group of views."""
+    if device.type == "cuda":
+        return _OnGpu(views, device, dtype)
+    if device.type == "cpu":
+        on_cpu = CpuPhotometrics(views, dtype, engine)
+        return lambda batches: map(on_cpu, batches)
+
+    def elsewhere(packed: Packed) -> Views:
+        crops = torch.from_numpy(packed.crops).to(device)
+        return photometrics_torch(crops, views, packed.parameters.view(PHOTOMETRIC), dtype)
+
+    return lambda batches: map(elsewhere, batches)
+
+
+@dataclass(frozen=True)
+class _Underway:
+    views: Views
+    copied: Any  # CUDA events: the slot in host memory is free again; the views are made
+    made: Any
+
+
+class _OnGpu:
+    """One pinned transfer per batch and its photometrics on a stream of their own, while the batch before is used."""
+
+    def __init__(self, views: ViewsConfig, device: torch.device, dtype: torch.dtype) -> None:
+        from data_pipeline.transforms.photometrics_triton import photometrics_triton
+
+        self._fused = photometrics_triton
+        self._views, self._device, self._dtype = views, device, dtype
+        self._stream: Any = torch.cuda.Stream(device, priority=-1)  # short work that a whole step waits for
+
+    def __call__(self, batches: Iterator[Packed]) -> Iterator[Views]:
+        underway: deque[_Underway] = deque()
+        for packed in batches:
+            underway.append(self._send(packed))
+            if len(underway) == 2:
+                yield self._receive(underway.popleft())
+        if underway:
+            yield self._receive(underway.popleft())
+
+    def _send(self, packed: Packed) -> _Underway:
+        with torch.cuda.stream(self._stream):
+            block = packed.block.to(self._device, non_blocking=True)
+            copied = self._stream.record_event()
+            crops = block[: packed.crops.size].view(packed.crops.shape)
+            parameters = block[packed.parameters_start :].view(packed.parameters.shape)
+            views = self._fused(crops, self._views, parameters, self._dtype)
+            return _Underway(views, copied, self._stream.record_event())
+
+    def _receive(self, batch: _Underway) -> Views:
+        # sent one step ago: the host does not wait here, unless the transfer is slower than a step
+        batch.copied.synchronize()
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(batch.made)
+        for group in batch.views:
+            group.record_stream(current)
+        return batch.views

@@ -1,0 +1,87 @@
+"""Labelled images for evaluation: which ones a rank sees, and how their centre is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.beton.samples import Samples, open_samples
+from data_pipeline.loaders.batch import LabelledBatch
+from data_pipeline.sampling.order import Int64Array, subset
+
+
+class EvalPlan:
+    """What to load: the samples `ids` (int64, in order) of `samples` in batches, and their transform."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        ids: Int64Array,
+        batch_size: int,
+        resize_px: int,
+        crop_px: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        workers: int,
+    ) -> None:
+        self.samples, self.ids, self.batch_size = samples, ids, batch_size
+        self.resize_px, self.crop_px, self.mean, self.std = resize_px, crop_px, mean, std
+        self.workers = workers
+
+
+class EvalLoader:
+    """Iterable over `LabelledBatch`, again and again: dataset_size samples over all ranks, num_classes classes."""
+
+    def __init__(
+        self,
+        batches: Callable[[EvalPlan], Iterator[LabelledBatch]],
+        path: Path,
+        resize_px: int,
+        crop_px: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        device: torch.device,
+        limit: int | None,
+    ) -> None:
+        samples = open_samples(path)
+        kept = subset(samples.size, limit)
+        self.dataset_size, self.num_classes = len(kept), samples.num_classes
+        low, high = (len(kept) * r // world_size for r in (rank, rank + 1))
+        self._batches, self._device = batches, device
+        self._plan = EvalPlan(samples, kept[low:high], batch_size, resize_px, crop_px, mean, std, workers)
+
+    def __len__(self) -> int:
+        return -(-len(self._plan.ids) // self._plan.batch_size)
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        for batch in self._batches(self._plan):
+            yield LabelledBatch(batch.images.to(self._device), batch.sample_ids, batch.labels)
+
+
+def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """Width and height after torchvision's Resize(shorter)."""
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
+
+
+def centre_geometry(
+    widths: NDArray[np.int64], heights: NDArray[np.int64], resize_px: int, crop_px: int
+) -> NDArray[np.float64]:
+    """Resize and centre crop as one cut: the box in source pixels and the whole image for the filter, `[B, 1, 8]`."""
+    geometry = np.empty((len(widths), 1, 8))
+    for i, (width, height) in enumerate(zip(widths.tolist(), heights.tolist(), strict=True)):
+        new_width, new_height = resized_size(width, height, resize_px)
+        left, top = round((new_width - crop_px) / 2.0), round((new_height - crop_px) / 2.0)
+        x_scale, y_scale = width / new_width, height / new_height
+        box = (left * x_scale, top * y_scale, crop_px * x_scale, crop_px * y_scale)
+        geometry[i, 0] = (*box, 0, 0, width, height)
+    return geometry

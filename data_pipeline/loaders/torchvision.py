@@ -1,0 +1,165 @@
+"""The reference loader: Pillow and torchvision, one operation after the other, in worker processes.
+
+Slow and plain on purpose: the fast loader is held equal to it, and it runs where FFCV cannot be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F
+
+from data_pipeline.beton.samples import Samples, open_samples
+from data_pipeline.config import DataConfig, ViewsConfig
+from data_pipeline.core.errors import DataError
+from data_pipeline.loaders.batch import LabelledBatch, ViewBatch
+from data_pipeline.loaders.evaluation import EvalPlan
+from data_pipeline.sampling.draws import BRIGHTNESS, CONTRAST, SATURATION, ViewDraws, draw_views, view_sizes
+from data_pipeline.sampling.order import Int64Array, epoch_order, rank_batches, subset
+
+_TIMEOUT_SECONDS = 120.0
+_PREFIX = f"{DataError.__module__}.{DataError.__qualname__}: "
+
+
+def cut_view(image: Image.Image, box: Sequence[int], size: int, flip: bool) -> Image.Image:
+    """The box (x, y, width, height) of an image as a square of `size` pixels, bicubic."""
+    x, y, width, height = box
+    view = F.resized_crop(image, y, x, height, width, [size, size], F.InterpolationMode.BICUBIC)
+    return F.hflip(view) if flip else view
+
+
+def change_colours(view: Image.Image, draws: ViewDraws, i: int, v: int, threshold: int) -> Image.Image:
+    """Jitter, grey, blur and solarisation of view v of sample i."""
+    if draws.jitter[i, v]:
+        for operation in draws.order[i, v]:
+            factor = float(draws.factor[i, v, operation])
+            if operation == BRIGHTNESS:
+                view = F.adjust_brightness(view, factor)
+            elif operation == CONTRAST:
+                view = F.adjust_contrast(view, factor)
+            elif operation == SATURATION:
+                view = F.adjust_saturation(view, factor)
+            else:
+                view = F.adjust_hue(view, factor)
+    if draws.grey[i, v]:
+        view = F.to_grayscale(view, num_output_channels=3)
+    if draws.blur[i, v] > 0:
+        view = view.filter(ImageFilter.GaussianBlur(float(draws.blur[i, v])))
+    return F.solarize(view, threshold) if draws.solarize[i, v] else view
+
+
+class _Views(Dataset[tuple[list[Tensor], int, int]]):
+    """Sample id to its finished views, for one epoch."""
+
+    def __init__(self, samples: Samples, views: ViewsConfig, seed: int, epoch: int) -> None:
+        self._samples, self._views, self._seed, self._epoch = samples, views, seed, epoch
+        self._sizes = view_sizes(views).tolist()
+
+    def __getitem__(self, sample_id: int) -> tuple[list[Tensor], int, int]:
+        image = self._samples.image(sample_id)
+        draws = draw_views(self._views, self._seed, self._epoch, [sample_id], [image.width], [image.height])
+        views = []
+        for v, size in enumerate(self._sizes):
+            view = cut_view(image, draws.box[0, v].tolist(), size, bool(draws.flip[0, v]))
+            view = change_colours(view, draws, 0, v, self._views.solarize_threshold)
+            views.append(F.normalize(F.to_tensor(view), self._views.mean, self._views.std))
+        return views, sample_id, int(self._samples.labels[sample_id])
+
+
+class _Centres(Dataset[tuple[Tensor, int, int]]):
+    """Sample id to the centre of its image."""
+
+    def __init__(self, plan: EvalPlan) -> None:
+        self._plan = plan
+
+    def __getitem__(self, sample_id: int) -> tuple[Tensor, int, int]:
+        plan = self._plan
+        image = F.resize(plan.samples.image(sample_id), [plan.resize_px], F.InterpolationMode.BICUBIC)
+        image = F.center_crop(image, [plan.crop_px, plan.crop_px])
+        label = int(plan.samples.labels[sample_id])
+        return F.normalize(F.to_tensor(image), plan.mean, plan.std), sample_id, label
+
+
+def _batches(
+    dataset: Dataset[Any], batches: Sequence[list[int]], workers: int, ahead: int, timeout: float
+) -> Iterator[Any]:
+    """Collated batches by worker processes. A worker that dies, fails or hangs ends in a DataError."""
+    # forked from a process that has no threads: a fork of this one can inherit a lock that nobody will ever open
+    processes = get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        timeout=timeout,
+        multiprocessing_context=processes,
+    )
+    try:
+        yield from loader
+    except DataError as error:  # raised in a worker: torch has wrapped its traceback around it
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise DataError(f"torchvision loader: {str(error).splitlines()[0]}") from None
+
+
+class TorchvisionLoader:
+    """`data_pipeline.loaders.batch.MultiCropLoader` over a beton or an image folder, by Pillow and torchvision."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        views: ViewsConfig,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        global_batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        ids: Int64Array | None = None,
+    ) -> None:
+        self._data, self._views, self._seed, self._device, self._dtype = data, views, seed, device, dtype
+        self._rank, self._world_size, self._global_batch = rank, world_size, global_batch
+        self._samples = open_samples(data.train)
+        self._ids = subset(self._samples.size, data.limit) if ids is None else ids
+        self.dataset_size = len(self._ids)
+        self.steps_per_epoch = len(self._rank_batches(0))
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch]:
+        """The batches `start_step .. steps_per_epoch - 1` of an epoch, the same however it is entered."""
+        data = self._data
+        batches = self._rank_batches(epoch)[start_step:].tolist()
+        dataset = _Views(self._samples, self._views, self._seed, epoch)
+        loader = _batches(dataset, batches, data.workers, data.batches_ahead, data.batch_timeout_seconds)
+        for views, ids, labels in loader:
+            groups: list[Tensor] = []
+            first = 0
+            for group in self._views.groups:
+                stacked = torch.stack(views[first : first + group.count])
+                groups.append(stacked.to(self._device, self._dtype))
+                first += group.count
+            yield ViewBatch(tuple(groups), ids, labels)
+
+    def close(self) -> None:
+        """Nothing outlives an epoch."""
+
+    def _rank_batches(self, epoch: int) -> Int64Array:
+        order = epoch_order(self._seed, epoch, self.dataset_size, self._data.order)
+        return self._ids[rank_batches(order, self._global_batch, self._rank, self._world_size)]
+
+
+def torchvision_eval_batches(plan: EvalPlan) -> Iterator[LabelledBatch]:
+    """The batches of a plan, by worker processes."""
+    steps = range(0, len(plan.ids), plan.batch_size)
+    batches = [plan.ids[i : i + plan.batch_size].tolist() for i in steps]
+    for images, ids, labels in _batches(_Centres(plan), batches, plan.workers, 2, _TIMEOUT_SECONDS):
+        yield LabelledBatch(images, ids, labels)

@@ -1,0 +1,5 @@
+"""`python -m launcher.cli` is `mokd`."""
+
+from launcher.cli.main import main
+
+main()

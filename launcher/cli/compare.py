@@ -1,0 +1,76 @@
+"""`mokd compare`: what every branch has gained by learning together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.core.errors import UserError
+from launcher.cli.console import messages, print_json, print_table
+from launcher.cli.jobs import find_run
+
+if TYPE_CHECKING:
+    from mokd.comparison.gain import Comparison
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `mokd compare`."""
+    app.command(epilog="Example: mokd compare runs/demo runs/demo-solo-resnet runs/demo-solo-vit --plot gain.png")(
+        compare
+    )
+
+
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="pair runs and the runs of their branches alone, in any order: paths, or names in runs/"),
+    ],
+    task: Annotated[str, typer.Option(help="which recorded evaluation: knn, linear, semi or transfer")] = "knn",
+    network: Annotated[str, typer.Option(help="teacher or student")] = "teacher",
+    at: Annotated[
+        float | None,
+        typer.Option(help="k of knn, rate of linear, fraction of the labels; default: the task's headline"),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="compare runs that differ in more than their branches")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw accuracies and k-NN curves")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Show what every branch has gained over training alone, with 95% intervals.
+
+    Runs that differ by their seed only belong together; the intervals then cover seeds as well as test images.
+    """
+    from mokd.comparison.gain import compare as compare_runs
+    from mokd.comparison.pairing import Run
+
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise UserError(f"--plot {plot}: no such folder")
+    opened = [Run.open(find_run(run)) for run in runs]
+    comparison = compare_runs(opened, task=task, network=network, at=at, force=force)
+    for remark in comparison.remarks:
+        messages.print(f"warning: {remark}", markup=False)
+    if plot is not None:
+        from mokd.comparison.plots import plot as draw
+
+        draw(comparison, plot)
+    if as_json:
+        print_json(comparison.document())
+    else:
+        show(comparison)
+
+
+def show(comparison: Comparison) -> None:
+    """A table for every method, on stdout."""
+    for method in comparison.methods:
+        rows = []
+        for name, branch in method.branches.items():
+            gain, (low, high) = branch.gain, branch.gain.gain_ci95
+            seeds = str(len(branch.pair_curves))
+            rows.append(
+                [name, f"{gain.solo:.2f}", f"{gain.pair:.2f}", f"{gain.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", seeds]
+            )
+        what = f"{comparison.title}, top-1 of the {comparison.network} in %, {comparison.images:,} images"
+        print_table(f"{method.label}: {what}", ["branch", "solo", "pair", "gain", "95% interval", "seeds"], rows)

@@ -1,0 +1,98 @@
+"""`mokd convert` and `mokd verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli.console import messages, print_json, progress_bar
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the data commands."""
+    app.command(epilog="Example: mokd convert imagenet/train train.beton --max-resolution 400")(convert)
+    app.command(epilog="Example: mokd verify train.beton")(verify)
+
+
+def convert(
+    sources: Annotated[list[Path], typer.Argument(help="image folders, then the beton to write")],
+    mode: Annotated[str, typer.Option(help="original: keep JPEG bytes; jpg: re-encode; raw: pixels")] = "original",
+    max_resolution: Annotated[int | None, typer.Option(help="longest side in pixels; larger images are shrunk")] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality where re-encoding is needed")] = 90,
+    subset: Annotated[float | None, typer.Option(help="keep this part of every class, for example 0.01")] = None,
+    seed: Annotated[int, typer.Option(help="chooses the subset")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="an image that cannot be used is an error")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing beton")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue where the same conversion was killed")] = False,
+    workers: Annotated[int | None, typer.Option(help="default: the cores of this process")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Convert image folders to one beton: SOURCE [SOURCE ...] OUTPUT."""
+    from data_pipeline.beton.convert import ConvertOptions
+    from data_pipeline.beton.convert import convert as run
+    from data_pipeline.core.errors import UserError
+
+    if len(sources) < 2:
+        raise UserError("convert: give an image folder and the output, for example: mokd convert train/ train.beton")
+    options = ConvertOptions(
+        mode=mode,  # type: ignore[arg-type]
+        max_resolution=max_resolution,
+        quality=quality,
+        subset=subset,
+        seed=seed,
+        strict=strict,
+        overwrite=overwrite,
+        resume=resume,
+        workers=workers,
+    )
+    with progress_bar("convert") as progress:
+        report = run(sources[:-1], sources[-1], options, progress, _announce)
+    if as_json:
+        print_json(asdict(report))
+        return
+    for skipped in report.skipped:
+        messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False)
+    rate = report.written / max(report.seconds, 1e-9)
+    print(
+        f"{report.output}: {report.written} images, {len(report.skipped)} skipped, {report.bytes / 1e6:.1f} MB, "
+        f"{report.seconds:.1f} s ({rate:.0f} images/s)"
+    )
+
+
+def _announce(forecast: Any) -> None:
+    size, free = (
+        f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+        for size in (forecast.bytes, forecast.free_bytes)
+    )
+    messages.print(
+        f"convert: {forecast.images} images, about {size} and {_duration(forecast.seconds)} with {forecast.workers} "
+        f"workers; the disk has {free} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def verify(
+    beton: Annotated[Path, typer.Argument(help="the beton to check")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Read every sample of a beton and compare it with its checksum."""
+    from data_pipeline.beton.verify import verify as run
+
+    with progress_bar("verify") as progress:
+        report = run(beton, progress)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        for bad in report.bad:
+            print(f"sample {bad.sample_id} ({bad.path}): {bad.reason}")
+        print(f"{beton}: {report.problem or f'{report.samples} samples, {len(report.bad)} damaged'}")
+    if not report.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,320 @@
+"""`mokd launch`, `status`, `logs`, `cancel` and `resume`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.core.errors import UserError
+from launcher.cli.console import find_config, messages, print_json, print_table
+from launcher.cli.train import Solo
+from launcher.config import ClusterConfig, load_cluster
+from launcher.runs.records import Records
+from launcher.slurm.status import FINAL, RunStatus, find_runs, read_status
+from mokd.comparison.solo import load_run_config
+from mokd.config import RunConfig
+from mokd.runs.progress import duration
+from mokd.runs.run_directory import RunDirectory
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Run = Annotated[Path, typer.Argument(help="a run directory, or its name in runs/")]
+Root = Annotated[Path, typer.Option(help="folder of the run directories")]
+Nodes = Annotated[int | None, typer.Option(help="nodes", rich_help_panel="Cluster")]
+Gpus = Annotated[int | None, typer.Option(help="GPUs, and ranks, per node", rich_help_panel="Cluster")]
+Tasks = Annotated[int | None, typer.Option(help="ranks per node, if not one per GPU", rich_help_panel="Cluster")]
+Cpus = Annotated[int | None, typer.Option(help="cores per rank", rich_help_panel="Cluster")]
+Text = Annotated[str | None, typer.Option(rich_help_panel="Cluster")]
+Time = Annotated[str | None, typer.Option(help="limit of one slice, for example 24:00:00", rich_help_panel="Cluster")]
+Site = Annotated[str | None, typer.Option(help="profile in ~/.config/mokd/sites/", rich_help_panel="Cluster")]
+Extra = Annotated[
+    list[str] | None, typer.Option("--sbatch", help="any further parameter, name=value", rich_help_panel="Cluster")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the batch script, submit nothing")]
+Local = Annotated[bool, typer.Option("--local", help="run the same job on this machine")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands around jobs."""
+    app.command(epilog="Example: mokd launch vit_s_resnet50.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00")(launch)
+    app.command(epilog="Example: mokd status runs/demo --json")(status)
+    app.command(epilog="Example: mokd logs runs/demo --follow")(logs)
+    app.command(epilog="Example: mokd cancel runs/demo")(cancel)
+    app.command(epilog="Example: mokd resume runs/demo --nodes 2")(resume)
+
+
+def launch(
+    config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
+    overrides: Overrides = None,
+    solo: Solo = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    tasks_per_node: Tasks = None,
+    cpus_per_task: Cpus = None,
+    partition: Text = None,
+    account: Text = None,
+    qos: Text = None,
+    time: Time = None,
+    constraint: Text = None,
+    exclude: Text = None,
+    site: Site = None,
+    sbatch: Extra = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="key=value,value: one run per combination, as an array")
+    ] = None,
+    root: Root = Path("runs"),
+    local: Local = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a run to SLURM: checked first, with a snapshot of the code, requeued until it is done."""
+    from launcher.preflight.checks import examine
+    from launcher.runs import sweep as sweeps
+
+    path = find_config(config)
+    resolved = load_run_config(path, overrides or [], solo)
+    flags = _flags(locals())
+    cluster = load_cluster(resolved.cluster, flags, str(path))
+    _show_findings(examine(resolved, cluster, root))
+    if sweep:
+        name = resolved.name
+        configs = [
+            load_run_config(path, [*(overrides or []), *point.overrides, f"name={name}-{point.suffix}"], solo)
+            for point in sweeps.points(sweep)
+        ]
+        _launch_sweep(configs, cluster, root, name, dry_run=dry_run, local=local, as_json=as_json)
+    else:
+        _launch_one(resolved, cluster, root, dry_run=dry_run, local=local, as_json=as_json)
+
+
+def _launch_one(
+    config: RunConfig, cluster: ClusterConfig, root: Path, *, dry_run: bool, local: bool, as_json: bool
+) -> None:
+    from launcher.slurm import submit
+
+    if dry_run:
+        run = RunDirectory(submit.runnable_path(root / config.name))
+        _show_plan(submit.run_script(run, cluster, 1), run.path, cluster, local, as_json)
+        return
+    _need_slurm(local)
+    run = submit.create_run(config, root)
+    submitted = submit.submit_local(run, cluster) if local else submit.submit(run, cluster)
+    _tell(submitted, as_json)
+
+
+def _launch_sweep(
+    configs: list[RunConfig],
+    cluster: ClusterConfig,
+    root: Path,
+    name: str,
+    *,
+    dry_run: bool,
+    local: bool,
+    as_json: bool,
+) -> None:
+    from launcher.slurm import submit
+
+    if local:
+        raise UserError("--sweep needs SLURM's job arrays; leave out --local")
+    folder = submit.runnable_path(root / f"{name}.sweep")
+    if dry_run:
+        for config in configs:
+            print(f"# {config.name}", file=sys.stderr)
+        _show_plan(submit.array_script(folder, cluster, name), folder, cluster, local, as_json, len(configs))
+        return
+    _need_slurm(local)
+    if folder.exists():
+        raise UserError(f"{folder}: this sweep exists already; set another name=...")
+    runs = [submit.create_run(config, root) for config in configs]
+    jobs = submit.submit_array(runs, folder, cluster, name)
+    if as_json:
+        print_json({"runs": [{"job_id": job.job_id, "run": str(job.run.path)} for job in jobs]})
+        return
+    for job in jobs:
+        print(f"job {job.job_id}: {job.run.path}")
+
+
+def resume(
+    run: Run,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    tasks_per_node: Tasks = None,
+    cpus_per_task: Cpus = None,
+    partition: Text = None,
+    account: Text = None,
+    qos: Text = None,
+    time: Time = None,
+    constraint: Text = None,
+    exclude: Text = None,
+    site: Site = None,
+    sbatch: Extra = None,
+    update_code: Annotated[bool, typer.Option(help="run today's code instead of the run's own snapshot")] = False,
+    local: Local = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Launch a run again from its newest checkpoint, if need be on another number of nodes."""
+    from launcher.preflight.checks import examine
+    from launcher.slurm import submit
+
+    directory = open_run(run)
+    if directory.read_status().get("state") == "done":
+        raise UserError(f"{directory.path}: this run is done; there is nothing to resume")
+    config, last = directory.config(), Records(directory).last_launch()
+    # as launched last; with another site, as the configuration says
+    section = last.cluster if last and site is None else config.cluster
+    cluster = load_cluster(
+        {k: v for k, v in section.items() if k != "site"}, _flags(locals()), str(directory.config_file)
+    )
+    _show_findings(examine(config, cluster, directory.path.parent, directory))
+    if dry_run:
+        number = (last.number if last else 0) + 1
+        _show_plan(submit.run_script(directory, cluster, number), directory.path, cluster, local, as_json)
+        return
+    _need_slurm(local)
+    start = submit.submit_local if local else submit.submit
+    _tell(start(directory, cluster, new_code=update_code), as_json)
+
+
+def status(
+    run: Annotated[Path | None, typer.Argument(help="a run directory, or its name in runs/; default: all runs")] = None,
+    root: Root = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what runs are doing: state, nodes, restarts and why, progress, speed, age of the last checkpoint."""
+    if run is not None:
+        found = read_status(open_run(run, root))
+        if as_json:
+            print_json(found.to_json())
+        else:
+            _print_one(found)
+        return
+    every = [read_status(directory) for directory in find_runs(root)]
+    if as_json:
+        print_json({"runs": [found.to_json() for found in every]})
+        return
+    columns = ["run", "state", "step", "epoch", "images/s", "ETA", "restarts", "checkpoint", "nodes"]
+    print_table(f"runs in {root}", columns, [_row(found) for found in every])
+
+
+def logs(
+    run: Run,
+    rank: Annotated[int, typer.Option(min=0, help="whose output")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run ends")] = False,
+    lines: Annotated[int, typer.Option(help="how many of the last lines; 0 shows all")] = 50,
+    root: Root = Path("runs"),
+) -> None:
+    """Show what a rank has written, over all restarts."""
+    from launcher.runs.logs import follow as follow_logs
+    from launcher.runs.logs import read_logs
+
+    directory = open_run(run, root)
+    for text in read_logs(directory, rank, lines or None):
+        sys.stdout.write(text)
+    if follow:
+        for text in follow_logs(directory, rank, lambda: read_status(directory).state in FINAL):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def cancel(run: Run, root: Root = Path("runs"), as_json: AsJson = False) -> None:
+    """Cancel a run's job. The ranks save first; `mokd resume` continues there."""
+    from launcher.slurm.submit import cancel as cancel_job
+
+    directory = open_run(run, root)
+    job = cancel_job(directory)
+    if as_json:
+        print_json({"job_id": job, "run": str(directory.path)})
+    else:
+        print(f"job {job} cancelled; continue with: mokd resume {directory.path}")
+
+
+def find_run(run: Path, root: Path = Path("runs")) -> Path:
+    """Where a run lies, given by its path or by its name below `root`."""
+    named = root / run
+    return named if not (run / "config.yaml").is_file() and (named / "config.yaml").is_file() else run
+
+
+def open_run(run: Path, root: Path = Path("runs")) -> RunDirectory:
+    """A run by its path, or by its name below `root`."""
+    return RunDirectory.open(find_run(run, root).absolute())
+
+
+def _flags(given: dict[str, Any]) -> dict[str, Any]:
+    """The cluster section's keys among a command's arguments."""
+    flags = {key: given[key] for key in ClusterConfig.model_fields if given.get(key) is not None and key != "sbatch"}
+    if given["sbatch"]:
+        extra: dict[str, str | bool] = {}
+        for text in given["sbatch"]:
+            key, sep, value = text.removeprefix("--").partition("=")
+            extra[key] = value if sep else True
+        flags["sbatch"] = extra
+    return flags
+
+
+def _show_findings(findings: Any) -> None:
+    messages.print(
+        "; ".join(f"{name}: {value}" for name, value in findings.facts.items()), markup=False, soft_wrap=True
+    )
+    for warning in findings.warnings:
+        messages.print(f"warning: {warning}", markup=False)
+
+
+def _need_slurm(local: bool) -> None:
+    from launcher.slurm import client
+    from launcher.slurm.submit import NO_SLURM
+
+    if not local and not client.available():
+        raise UserError(NO_SLURM)
+
+
+def _show_plan(
+    script: Any, path: Path, cluster: ClusterConfig, local: bool, as_json: bool, runs: int | None = None
+) -> None:
+    from launcher.preflight.checks import ask_sbatch
+    from launcher.slurm.submit import describe_local
+
+    text = describe_local(cluster, path) if local else script.text(runs)
+    refusal = None if local else ask_sbatch(script, runs)
+    if refusal:
+        messages.print(f"warning: sbatch would refuse this: {refusal}", markup=False)
+    if as_json:
+        print_json({"run": str(path), "script": text, "refusal": refusal})
+    else:
+        print(text)
+
+
+def _tell(submitted: Any, as_json: bool) -> None:
+    if as_json:
+        print_json({"job_id": submitted.job_id, "run": str(submitted.run.path)})
+        return
+    print(f"job {submitted.job_id}: {submitted.run.path} (readable by you alone)")
+    print(f"watch it with: mokd status {submitted.run.path}; mokd logs {submitted.run.path} --follow")
+
+
+def _row(found: RunStatus) -> list[str]:
+    steps = f"{found.step}/{found.total_steps}" if found.total_steps else str(found.step)
+    age = found.checkpoint_age_seconds
+    return [
+        Path(found.run).name,
+        found.state,
+        steps,
+        str(found.epoch),
+        f"{found.images_per_second:.1f}" if found.images_per_second else "-",
+        duration(found.eta_seconds) if found.eta_seconds is not None else "-",
+        str(len(found.restarts)),
+        f"step {found.checkpoint_step}, {duration(age)} ago" if age is not None else "-",
+        found.nodes or "-",
+    ]
+
+
+def _print_one(found: RunStatus) -> None:
+    columns = ["run", "state", "step", "epoch", "images/s", "ETA", "restarts", "checkpoint", "nodes"]
+    rows = [[name, value] for name, value in zip(columns, _row(found), strict=True)]
+    rows += [["job", found.job_id or "-"], ["attempt", str(found.attempt)], ["reason", found.reason or "-"]]
+    rows += [[f"loss {branch}", f"{value:.3f}"] for branch, value in found.losses.items()]
+    rows += [[f"restart at step {restart['step']}", restart["reason"]] for restart in found.restarts]
+    print_table(found.run, ["", ""], rows)

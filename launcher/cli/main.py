@@ -1,0 +1,49 @@
+"""The command line `mokd`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from data_pipeline.core.errors import DataError, UserError
+from launcher.cli import bench, compare, data, evaluate, jobs, train
+from launcher.cli.console import messages
+
+app = typer.Typer(
+    name="mokd",
+    help="Train two different vision networks together, without labels, and evaluate what they have learned.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data.register(app)
+train.register(app)
+evaluate.register(app)
+jobs.register(app)
+compare.register(app)
+bench.register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. A mistake of the user ends in one line and exit status 2, a failed run in 1."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        app(arguments)
+    except UserError as error:
+        messages.print(f"[bold red]error:[/] {escape(error)}")
+        sys.exit(2)
+    except DataError as error:
+        messages.print(f"[bold red]failed:[/] {escape(error)}")
+        sys.exit(1)
+
+
+def escape(error: Exception) -> str:
+    """An error's text with nothing in it that rich would take for markup, on one line."""
+    return " ".join(str(error).split()).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`mokd config` and `mokd train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.core.schema import dump_yaml
+from launcher.cli.console import find_config, messages, print_json, print_table
+from mokd.comparison.solo import load_run_config
+from mokd.config import RunConfig, load_config
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Solo = Annotated[
+    str | None, typer.Option(metavar="BRANCH", help="train this branch alone, everything else equal: its baseline")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands around one run."""
+    app.command(epilog="Example: mokd config vit_s_resnet50.yaml optim.epochs=5")(config)
+    app.command(epilog="Example: mokd train configs/demo.yaml --nproc 2 optim.epochs=3")(train)
+
+
+def config(
+    config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration and print it with every default written out."""
+    resolved = load_config(find_config(config), overrides or [])
+    if as_json:
+        print_json(resolved.model_dump(mode="json"))
+    else:
+        print(dump_yaml(resolved), end="")
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
+    overrides: Overrides = None,
+    solo: Solo = None,
+    nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run if it exists")] = False,
+    root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
+) -> None:
+    """Train on this machine. Stops at a step boundary on Ctrl-C or SIGTERM; --resume continues there.
+
+    Exit status: 0 done, 75 stopped and resumable, 1 failed, 2 a mistake in what was given.
+    """
+    from mokd.runs.run_directory import EXIT_STOPPED
+    from mokd.training.start import train as start
+
+    resolved = load_run_config(find_config(config), overrides or [], solo)
+    run, status = start(resolved, root, resume=resume, nproc=nproc)
+    if status == 0:
+        _show_progress(run.path, resolved)
+    elif status == EXIT_STOPPED:
+        messages.print("stopped at a step boundary; the same command with --resume continues there")
+    raise typer.Exit(status)
+
+
+def _show_progress(path: Path, config: RunConfig) -> None:
+    """How far each branch has come since step 0, the speed, and where to look."""
+    from statistics import median
+
+    from mokd.runs.metrics import read_metrics
+    from mokd.runs.run_directory import RunDirectory
+
+    run = RunDirectory(path)
+    records = read_metrics(run.metrics_file)
+    speeds = [r["images_per_second"] for r in records if r.get("images_per_second")]
+    speed = f"{median(speeds):.1f}" if speeds else "-"
+    rows = []
+    for branch in config.branches:
+        curve = [r for r in records if f"eval/{branch.name}/knn_top1" in r]
+        values = [f"{r[f'eval/{branch.name}/knn_top1']:.1f}" for r in curve]
+        rows.append([branch.name, values[0] if values else "-", values[-1] if values else "-", speed])
+    columns = ["branch", "k-NN % before training", "k-NN % after", "images/s"]
+    print_table(f"{path}: {records[-1]['step'] if records else 0} steps", columns, rows)
+    print(f"curves       {run.metrics_file}\n             tensorboard --logdir {run.tensorboard}")
+    print(f"checkpoint   {run.checkpoints}")
+    print(f"evaluate     mokd eval {path} --task knn")

@@ -1,0 +1,106 @@
+"""A rough estimate of the memory that a run needs on each GPU, from shapes alone: nothing is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mokd.config import RunConfig
+
+# fp32 weights and gradients of the student, weights of its teacher, and the optimiser's state beside them
+BYTES_PER_PARAMETER = {"sgd": 4 + 4 + 4 + 4, "adamw": 4 + 4 + 4 + 8}
+# what the layers keep beside their outputs: inputs of normalisations, dropped paths, workspaces
+OVERHEAD = 1.5
+CONTEXT_BYTES = 2**30
+
+
+def estimate_bytes(config: RunConfig, world_size: int) -> int:
+    """Bytes per GPU: weights and states of every branch, activations of the student, losses, CUDA's own.
+
+    Under FSDP the states are split over the ranks that hold one copy; beside them lie the weights that are gathered at
+    one time, with their gradients.
+    """
+    import torch
+
+    from mokd.objectives.base import build_objective
+
+    images = config.optim.global_batch // world_size // config.optim.accumulate
+    element = 4 if config.precision.compute == "fp32" else 2
+    sharded = config.parallel.strategy == "fsdp" and world_size > 1
+    holders = (config.parallel.shard_group_size or world_size) if sharded else 1
+    total = float(CONTEXT_BYTES)
+    with torch.device("meta"):
+        objective = build_objective(config, torch.device("meta"))
+        for branch_config in config.branches:
+            # evaluation mode: the random layers change nothing about the sizes
+            student = objective.build_branch(branch_config, images).student.eval()
+            parameters = sum(parameter.numel() for parameter in student.parameters())
+            total += parameters * BYTES_PER_PARAMETER[branch_config.optimizer.kind] / holders
+            if sharded:
+                total += _gathered_bytes(student, element, config)
+            for group in config.views.groups:
+                outputs = _output_elements(student.backbone, images, group.size_px)
+                if branch_config.activation_checkpointing:
+                    outputs = _kept_elements(student.backbone, images, group.size_px)
+                total += outputs * group.count * element * OVERHEAD
+        total += objective.loss_bytes(images)
+    return int(total)
+
+
+def _gathered_bytes(student: Any, element: int, config: RunConfig) -> float:
+    """Whole weights and gradients on a rank at one time: the root's, and two blocks of those that are freed again."""
+    from mokd.models.blocks import repeated_blocks
+
+    def size(module: Any) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    blocks = [size(block) for block in [*repeated_blocks(student.backbone), *student.t_head.blocks]]
+    last_layers = [size(head.last_layer) for head in (student.mlp_head, student.t_head)]
+    root = size(student) - sum(blocks) - sum(last_layers)
+    # prototypes are gathered in fp32, blocks in the type of the arithmetic
+    freed = 2 * max([*(block * element for block in blocks), *(layer * 4 for layer in last_layers)])
+    kept = sum(blocks) * element + sum(last_layers) * 4
+    return 2.0 * (4 * root + (freed if config.parallel.reshard_after_forward else kept))
+
+
+def _kept_elements(backbone: Any, images: int, size_px: int) -> int:
+    """As `_output_elements` where blocks are recomputed: the outputs of blocks, and everything within the largest."""
+    from mokd.models.blocks import repeated_blocks
+
+    blocks = repeated_blocks(backbone)
+    within = {id(module): i for i, block in enumerate(blocks) for module in block.modules() if module is not block}
+    inside = [0] * len(blocks)
+    outside = 0
+    for module, count in _outputs(backbone, images, size_px, [*_leaves(backbone), *blocks]):
+        if id(module) in within:
+            inside[within[id(module)]] += count
+        else:
+            outside += count
+    return outside + max(inside, default=0)
+
+
+def _output_elements(backbone: Any, images: int, size_px: int) -> int:
+    """Elements in the outputs of all layers for one view of `images` images."""
+    return sum(count for _, count in _outputs(backbone, images, size_px, _leaves(backbone)))
+
+
+def _leaves(backbone: Any) -> list[Any]:
+    return [module for module in backbone.modules() if not list(module.children())]
+
+
+def _outputs(backbone: Any, images: int, size_px: int, modules: list[Any]) -> list[tuple[Any, int]]:
+    """Each of `modules` that runs, with the elements of its output, for one view of `images` images."""
+    import torch
+
+    seen: list[tuple[Any, int]] = []
+
+    def see(module: Any, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            seen.append((module, output.numel()))
+
+    handles = [module.register_forward_hook(see) for module in modules]
+    try:
+        backbone(torch.empty(images, 3, size_px, size_px, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,1 @@
+"""What the launcher keeps about runs in their directories."""

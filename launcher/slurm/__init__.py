@@ -1,0 +1,1 @@
+"""Jobs: submission, the batch script and its supervisor, requeueing, the state of a job."""

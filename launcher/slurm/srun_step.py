@@ -1,0 +1,90 @@
+"""The ranks of one attempt, seen from the batch script: run them, listen to srun, end them when they hang."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from launcher.config import ClusterConfig
+from launcher.slurm import client
+from launcher.slurm.requeue_policy import TaskError
+
+_TASKS = re.compile(r"srun: error: (?P<node>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)")
+_NODE_LOST = re.compile(r"srun: error: Node failure on")
+_POLL_SECONDS = 0.25
+
+
+class Step:
+    """One `srun`. `run` returns its exit code; `task_errors`, `node_lost` and `hang` say what happened."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], job_id: str, cluster: ClusterConfig):
+        self._command, self._environment = command, environment
+        self._job_id, self._cluster = job_id, cluster
+        self.task_errors: list[TaskError] = []
+        self.node_lost = False
+        self.hang: str | None = None
+        self._first_error = 0.0
+
+    def run(self, status: Path, superseded: Callable[[], bool]) -> int:
+        """Runs the ranks to their end. `status` is the file whose changes are their sign of life."""
+        began = time.time()
+        process = subprocess.Popen(
+            self._command, env=self._environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
+        listener.start()
+        next_check = 0.0
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            if self._first_error and time.monotonic() - self._first_error > self._cluster.kill_after_seconds:
+                self._kill("the other ranks have not left")
+                self._first_error = time.monotonic()  # ask again should the controller have been away
+            if time.monotonic() < next_check:
+                continue
+            next_check = time.monotonic() + 2.0
+            if superseded():
+                self._kill("a newer attempt has taken over")
+            elif self.hang is None and (silence := self._silence(status, began)):
+                self.hang = silence
+                self._kill(silence, dump=True)
+        listener.join(timeout=5.0)
+        return process.returncode
+
+    def _silence(self, status: Path, began: float) -> str | None:
+        """Why the ranks count as hung, or None."""
+        try:
+            alive = status.stat().st_mtime
+        except OSError:
+            alive = 0.0
+        # the supervisor itself wrote the status once, just before the ranks started
+        running = alive > began
+        limit = self._cluster.hang_timeout_seconds if running else self._cluster.startup_timeout_seconds
+        if time.time() - max(alive, began) <= limit:
+            return None
+        return f"hang: no sign of life for {limit} s" + ("" if running else " after the start")
+
+    def _kill(self, why: str, dump: bool = False) -> None:
+        print(f"supervisor: ending the ranks: {why}", file=sys.stderr, flush=True)
+        try:
+            for step in client.steps(self._job_id):
+                if dump:
+                    client.signal_step(step, "ABRT")  # every rank that still can writes where it stands
+                    time.sleep(1.0)
+                client.signal_step(step, "KILL")
+        except client.SchedulerError as error:
+            print(f"supervisor: {error}", file=sys.stderr, flush=True)
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            if match := _TASKS.search(line):
+                self.task_errors.append(TaskError(match["node"], match["tasks"], match["what"].strip()))
+                self._first_error = self._first_error or time.monotonic()
+            elif _NODE_LOST.search(line):
+                self.node_lost = True

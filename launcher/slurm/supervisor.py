@@ -1,0 +1,252 @@
+"""The batch script's only command: run one attempt of a run, judge how it ended, requeue or not.
+
+    python -m launcher.slurm.supervisor --launch N RUN -- srun ... python -m submitit.core._submit FOLDER
+
+It lives in the batch step, outside the ranks: no death, hang or signal storm among them keeps it from deciding, and it
+decides when the last rank has left, so that a requeue takes nobody's grace time. Exit status: 0 finished or in good
+hands, 2 the user's mistake, 3 failed for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from data_pipeline.core import schema
+from data_pipeline.core.errors import UserError
+from launcher.config import ClusterConfig, minutes
+from launcher.runs.permissions import require_private
+from launcher.runs.records import Ending, Records, checkpoint_step
+from launcher.slurm import client
+from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide
+from launcher.slurm.srun_step import Step
+from mokd.runs.run_directory import EXIT_USER, RunDirectory
+
+EXIT_GAVE_UP = 3
+REQUEUE_PATIENCE_SECONDS = 3600.0
+_LISTENED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class Supervisor:
+    """One attempt at one run, as submitted by launch number `launch`."""
+
+    def __init__(self, run: RunDirectory, launch: int):
+        self.run, self.records = run, Records(run)
+        self.number = launch
+        found = [record for record in self.records.launches() if record.number == launch]
+        if not found:
+            raise UserError(f"{run.path}: launch {launch} is not on record; launch the run again")
+        self.cluster = schema.validate(ClusterConfig, found[0].cluster, f"{run.path}: launch {launch}")
+        self.job_id = job_id()
+        self.signals: list[str] = [name for name in [os.environ.get("MOKD_SIGNALLED")] if name]
+        self.attempt = 0
+        self.started = time.time()
+
+    def listen(self) -> None:
+        """From now on signals are only noted: the ranks get their own, and this process must outlive them."""
+        for number in _LISTENED:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(signal.Signals(number).name)
+
+    def supervise(self, command: Sequence[str]) -> int:
+        """Runs the attempt and acts on its end; returns the batch script's exit status."""
+        if self.run.read_status().get("state") == "done":
+            _say("this run is done already")
+            return 0
+        if self._superseded():
+            _say("a newer launch of this run has taken over")
+            return 0
+        self._account_for_the_lost()
+        nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+        facts = {"launch": self.number, "job_id": self.job_id, "nodes": nodes, "restart": _restart_count()}
+        self.attempt = self.run.claim_attempt(facts)
+        self.run.write_status("starting", self.attempt, step=checkpoint_step(self.run), nodes=nodes)
+        if self.signals:
+            return self._conclude(Facts(0, signals=self.signals, seconds_left=self._seconds_left()))
+        self._clear_submitit_leftovers(command)
+        step = Step(command, self._environment(), os.environ.get("SLURM_JOB_ID", ""), self.cluster)
+        code = step.run(self.run.path / "status.json", self._superseded)
+        mark = self.run.read_status()
+        return self._conclude(
+            Facts(
+                exit_code=code,
+                mark=mark if mark.get("attempt") == self.attempt else {},
+                cause=self._cause(step.node_lost),
+                task_errors=step.task_errors,
+                rank_failures=self.records.rank_failures(self.attempt),
+                signals=self.signals,
+                hang=step.hang,
+                seconds_left=self._seconds_left(),
+                superseded=self._superseded(),
+            )
+        )
+
+    def _conclude(self, facts: Facts) -> int:
+        history, step = self.records.endings(), checkpoint_step(self.run)
+        decision = decide(facts, history, step, self.cluster)
+        print(f"supervisor: attempt {self.attempt}: {decision.verdict}: {decision.reason}", file=sys.stderr, flush=True)
+        if decision.verdict == "superseded":
+            return 0
+        ending = self._ending(decision, step)
+        self.records.write_ending(ending)
+        if decision.verdict == "requeued":
+            return self._requeue([*history, ending])
+        if decision.verdict == "failed":
+            self.run.write_status("failed", self.attempt, reason=decision.reason, step=step)
+            return EXIT_USER if decision.kind == "user error" else EXIT_GAVE_UP
+        return 0
+
+    def _requeue(self, history: Sequence[Ending]) -> int:
+        already = self._job()
+        if not (already and already.restarts > _restart_count()):  # else SLURM has done so itself
+            client.requeue(self.job_id, REQUEUE_PATIENCE_SECONDS)
+        nodes = bad_nodes(history)
+        if nodes:
+            # only a pending job can be told where not to run; SLURM now waits for this process to leave
+            kept = [node for node in (already.excluded if already else "").split(",") if node]
+            _say(f"staying away from {', '.join(nodes)}")
+            client.exclude(self.job_id, sorted({*kept, *nodes}))
+        return 0
+
+    def _ending(self, decision: Decision, step: int) -> Ending:
+        return Ending(
+            attempt=self.attempt,
+            launch=self.number,
+            verdict=decision.verdict,
+            kind=decision.kind,
+            reason=decision.reason,
+            step=step,
+            job_id=self.job_id,
+            nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+            blamed=decision.blamed,
+            started=self.started,
+            ended=time.time(),
+        )
+
+    def _account_for_the_lost(self) -> None:
+        """Attempts whose supervisor went down with its node have left no ending; note what is known."""
+        known = {ending.attempt for ending in self.records.endings()}
+        status = self.run.read_status()
+        for attempt in range(1, self.run.current_attempt() + 1):
+            if attempt in known:
+                continue
+            facts = self.records.attempt_facts(attempt)
+            if "launch" not in facts:
+                continue  # trained without the launcher
+            stopped = status.get("attempt") == attempt and status.get("state") == "stopped"
+            reason = (
+                f"stopped ({status.get('reason')})" if stopped else "lost: its node failed, or the job was requeued"
+            )
+            ending = Ending(
+                attempt, facts["launch"], "requeued", "lost", reason, checkpoint_step(self.run), facts["job_id"],
+                facts["nodes"], [], facts["time"], time.time(),
+            )  # fmt: skip
+            self.records.write_ending(ending)
+
+    def _superseded(self) -> bool:
+        newest = self.records.last_launch()
+        if newest is not None and newest.number != self.number:
+            return True
+        return bool(self.attempt) and self.run.current_attempt() != self.attempt
+
+    def _cause(self, node_lost: bool) -> str | None:
+        """Why SLURM ends this job, when it does."""
+        newest, job = self.records.last_launch(), self._job()
+        if newest is not None and newest.cancelled:
+            return "CANCELLED"
+        if node_lost:
+            return "NODE FAILURE"
+        if job is None:
+            return None
+        if job.preempted:
+            return "PREEMPTION"
+        if job.restarts > _restart_count():
+            return "JOB REQUEUE"
+        if job.state == "TIMEOUT" or (job.state == "COMPLETING" and self._seconds_left() <= 0.0):
+            return "TIME LIMIT"
+        # ended for good, and this process is among the last to go
+        return "CANCELLED" if job.state in ("CANCELLED", "COMPLETING") else None
+
+    def _job(self) -> client.Job | None:
+        try:
+            return client.find_job(self.job_id)
+        except client.SchedulerError as error:
+            _say(f"{error}")
+            return None
+
+    def _seconds_left(self) -> float:
+        # not SLURM's EndTime: a preemption moves that to the end of the grace time
+        return 60.0 * minutes(self.cluster.time) - (time.time() - self.started)
+
+    def _environment(self) -> dict[str, str]:
+        """The ranks' environment: who meets where, and as which attempt."""
+        node = os.environ.get("SLURMD_NODENAME", "")
+        try:
+            address = client.node_address(node)
+        except client.SchedulerError:
+            address = socket.gethostname()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return {
+            **os.environ,
+            "MOKD_ATTEMPT": str(self.attempt),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),  # a new one for every attempt: no leftover can join
+        }
+
+    def _clear_submitit_leftovers(self, command: Sequence[str]) -> None:
+        # submitit refuses to write a result beside a temporary file that a killed attempt left
+        for path in Path(command[-1]).glob(f"{self.job_id}_*.save_tmp"):
+            path.unlink(missing_ok=True)
+
+
+def _say(text: str) -> None:
+    print(f"supervisor: {text}", file=sys.stderr, flush=True)
+
+
+def job_id() -> str:
+    """This job's id as SLURM's commands take it; the plain number of an array's task can mean the whole array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
+
+
+def _restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # unset on a job's first run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line of the batch script."""
+    cut = list(arguments).index("--")
+    own, command = arguments[:cut], arguments[cut + 1 :]
+    parser = argparse.ArgumentParser(prog="python -m launcher.slurm.supervisor")
+    parser.add_argument("--launch", type=int, required=True)
+    parser.add_argument("--runs", type=Path, help="a file with one run directory per task of a job array")
+    parser.add_argument("run", type=Path, nargs="?")
+    given = parser.parse_args(own)
+    try:
+        path = given.run or _run_of_task(given.runs)
+        require_private(path)
+        supervisor = Supervisor(RunDirectory.open(path), given.launch)
+        supervisor.listen()
+        return supervisor.supervise(command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def _run_of_task(runs: Path) -> Path:
+    return Path(runs.read_text(encoding="utf-8").splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

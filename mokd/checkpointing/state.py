@@ -1,0 +1,152 @@
+"""A run's state as tensors and scalars: collected for a checkpoint, checked and restored from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.core.errors import UserError
+from mokd.checkpointing.storage import Checkpoint, SavedTensors
+from mokd.config import RunConfig
+from mokd.distributed import sharding
+from mokd.objectives.base import Objective
+from mokd.objectives.branch import Branch
+
+OBJECTIVE_FILE = "objective"
+
+# What a resumed run must have in common with its checkpoint: a different value would be another run.
+FIXED = ("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs")
+
+
+def collect(branches: Sequence[Branch], objective: Objective, *, main: bool) -> dict[str, dict[str, Tensor]]:
+    """Everything that changes while training, copied to host memory, by file; nothing where not `main`.
+
+    Sharded tensors are put together one by one, so that no rank ever holds more than one of them in the device's
+    memory. That is a collective: every rank calls this, unless nothing is sharded.
+    """
+    parts = {OBJECTIVE_FILE: objective.state_tensors(), **{branch_file(b.name): _branch_tensors(b) for b in branches}}
+    return {name: _copy_to_host(tensors, main) for name, tensors in parts.items()}
+
+
+def is_sharded(branches: Sequence[Branch]) -> bool:
+    """Whether a rank holds only a piece of the state, so that collecting it takes all ranks."""
+    return any(sharding.is_sharded(p) for branch in branches for p in branch.student.parameters())
+
+
+def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objective) -> None:
+    """Puts a checkpoint's state into branches and objective; a rank reads only the rows that it holds."""
+    objective.load_state_tensors(checkpoint.tensors(OBJECTIVE_FILE))
+    for branch in branches:
+        assert branch.optimizer is not None
+        with checkpoint.open(branch_file(branch.name)) as saved:
+            _fill(branch.student, saved.below("student."))
+            _fill(branch.teacher, saved.below("teacher."))
+            optimizer = saved.below("optimizer.")
+            branch.optimizer.load_state_tensors(optimizer.keys(), optimizer.read)
+            scale = saved.below("loss_scale.")
+            if branch.loss_scale is not None and scale.names:  # else it was saved in another precision
+                branch.loss_scale.load_state_tensors(scale.read)
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, saved: SavedTensors) -> None:
+    into = network.state_dict()
+    if different := into.keys() ^ saved.keys():
+        raise RuntimeError(f"the checkpoint is of another network: {', '.join(sorted(different)[:3])}")
+    for key, value in into.items():
+        sharding.piece(value).copy_(saved.read(key, sharding.own_rows(value)))
+
+
+def _copy_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """An independent copy of every tensor, put together where it is sharded, safe to write while training goes on."""
+    copies = {}
+    for name, tensor in tensors.items():
+        assembled = sharding.whole(tensor.detach())
+        if not keep:
+            continue
+        if assembled.device.type == "cuda":
+            # page-locked memory is several times as fast to copy to; torch keeps it for the next save
+            copies[name] = torch.empty(assembled.shape, dtype=assembled.dtype, pin_memory=True)
+            copies[name].copy_(assembled, non_blocking=True)
+        else:
+            # what was put together on a CPU is a copy already
+            copies[name] = assembled.to(copy=not sharding.is_sharded(tensor)).contiguous()
+    if keep and torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
+def branch_file(name: str) -> str:
+    """Name of a branch's file in a checkpoint, without suffix."""
+    return f"branch-{name}"
+
+
+def network_tensors(checkpoint: Checkpoint, branch: str, network: str) -> dict[str, Tensor]:
+    """The state dict of a branch's `student` or `teacher`."""
+    return _below(checkpoint.tensors(branch_file(branch)), f"{network}.")
+
+
+def identity(config: RunConfig, dataset_size: int) -> dict[str, Any]:
+    """What makes two stretches of training parts of one run."""
+    document = config.model_dump(mode="json")
+    for branch in document["branches"]:
+        del branch["activation_checkpointing"]  # changes memory and time, and nothing else
+    return {**{key: _at(document, key) for key in FIXED}, "dataset_size": dataset_size}
+
+
+def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
+    """UserError naming the first key in which the configuration differs from the checkpoint's."""
+    found = checkpoint.state.get("identity", {})
+    for key, value in expected.items():
+        path, given, saved = _difference(key, value, found.get(key))
+        if path:
+            raise UserError(
+                f"{checkpoint.path}: cannot resume, {path} is {given!r} now and was {saved!r} when it was saved; "
+                "set it back, or start a run of another name"
+            )
+
+
+def _difference(path: str, now: Any, then: Any) -> tuple[str, Any, Any]:
+    if isinstance(now, dict) and isinstance(then, dict):
+        for key in [*now, *(k for k in then if k not in now)]:
+            found = _difference(f"{path}.{key}", now.get(key), then.get(key))
+            if found[0]:
+                return found
+        return "", None, None
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        for i, (a, b) in enumerate(zip(now, then, strict=True)):
+            found = _difference(f"{path}.{i}", a, b)
+            if found[0]:
+                return found
+        return "", None, None
+    return ("", None, None) if now == then else (path, _short(now), _short(then))
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "name" in value[0]:
+        return [item["name"] for item in value]
+    return value
+
+
+def _branch_tensors(branch: Branch) -> dict[str, Tensor]:
+    assert branch.optimizer is not None
+    parts = {
+        "student": branch.student.state_dict(),
+        "teacher": branch.teacher.state_dict(),
+        "optimizer": branch.optimizer.state_tensors(),
+        "loss_scale": branch.loss_scale.state_tensors() if branch.loss_scale else {},
+    }
+    return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _at(document: Any, path: str) -> Any:
+    for key in path.split("."):
+        document = document[key]
+    return document

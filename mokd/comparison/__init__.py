@@ -1,0 +1,1 @@
+"""What a pair gains over its branches alone, and how sure that is."""

@@ -1,0 +1,61 @@
+"""The configuration of a run, a module for each part of it; importing it imports no torch."""
+
+from mokd.config.branches import BranchConfig, GroupConfig, MlpHeadConfig, OptimizerConfig
+from mokd.config.evaluation import (
+    EvaluationConfig,
+    FinetuneConfig,
+    KnnConfig,
+    LinearConfig,
+    RatesConfig,
+    SemiConfig,
+    TransferConfig,
+)
+from mokd.config.execution import (
+    CheckpointConfig,
+    ExecutionConfig,
+    LoggingConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
+from mokd.config.objectives import (
+    AnyObjectiveConfig,
+    BankConfig,
+    ContrastiveConfig,
+    DinoConfig,
+    ObjectiveConfig,
+    ProjectionConfig,
+    TermsConfig,
+    THeadConfig,
+)
+from mokd.config.run import RunConfig, load_config
+
+__all__ = [
+    "AnyObjectiveConfig",
+    "BankConfig",
+    "BranchConfig",
+    "CheckpointConfig",
+    "ContrastiveConfig",
+    "DinoConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "FinetuneConfig",
+    "GroupConfig",
+    "KnnConfig",
+    "LinearConfig",
+    "LoggingConfig",
+    "MlpHeadConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "ProjectionConfig",
+    "RatesConfig",
+    "RunConfig",
+    "SemiConfig",
+    "THeadConfig",
+    "TermsConfig",
+    "TransferConfig",
+    "load_config",
+]

@@ -1,0 +1,77 @@
+"""Branches and their optimisers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from data_pipeline.core.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, StrictModel
+
+
+class GroupConfig(StrictModel):
+    """Schedule of a group of parameters. `lr` is the peak rate for a global batch of 256; it scales with the batch."""
+
+    lr: NonNegativeFloat
+    min_lr: Annotated[NonNegativeFloat, Field(description="final rate, not scaled by the batch")] = 0.0
+    weight_decay: Annotated[
+        NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat],
+        Field(description="constant, or [first, last] of a cosine"),
+    ] = 0.0
+    decay_all: Annotated[bool, Field(description="decay biases and 1-d parameters too")] = False
+
+    @property
+    def decay_range(self) -> tuple[float, float]:
+        """First and last weight decay."""
+        decay = self.weight_decay
+        return decay if isinstance(decay, tuple) else (decay, decay)
+
+
+class OptimizerConfig(GroupConfig):
+    """A branch's optimiser and the schedule of every parameter that has no group of its own."""
+
+    kind: Literal["sgd", "adamw"]
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0, description="sgd")] = 0.9
+    betas: Annotated[tuple[float, float], Field(description="adamw")] = (0.9, 0.999)
+
+
+class MlpHeadConfig(StrictModel):
+    """Linear layers with GELU between, then L2 normalisation and the prototypes."""
+
+    layers: PositiveInt = 3
+    hidden: PositiveInt = 2048
+    bottleneck: PositiveInt = 256
+    batch_norm: bool = False
+    train_gain: Annotated[bool, Field(description="train the gain of the prototypes' weight norm")] = True
+
+
+class BranchConfig(StrictModel):
+    """One network under training: a student and its teacher."""
+
+    name: str
+    backbone: Annotated[str, Field(description="a timm model name")]
+    backbone_options: dict[str, Any] = {}
+    stem: Annotated[
+        Literal["default", "cifar", "cifar_stride2"],
+        Field(description="ResNets on small images: one 3x3 convolution, no pooling; stride 1 or 2"),
+    ] = "default"
+    init: Annotated[Path | None, Field(description="backbone weights to start from (safetensors or state dict)")] = None
+    weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    mlp_head: MlpHeadConfig = MlpHeadConfig()
+    optimizer: OptimizerConfig
+    t_head_group: GroupConfig | None = None
+    teacher_temp_warmup_epochs: NonNegativeInt = 30
+    activation_checkpointing: Annotated[
+        bool,
+        Field(description="keep only the inputs of the backbone's blocks, compute the rest again: memory for time"),
+    ] = False
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise ValueError("a letter, then letters, digits, '_' or '-'")
+        return name

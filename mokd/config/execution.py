@@ -1,0 +1,99 @@
+"""How a run is optimised, computed, shared among ranks, saved and logged."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.core.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    StrictModel,
+)
+
+
+class OptimConfig(StrictModel):
+    """Length, batch and schedules of the optimisation."""
+
+    epochs: PositiveInt = 100
+    global_batch: Annotated[PositiveInt, Field(description="images per step over all ranks")] = 256
+    accumulate: Annotated[
+        PositiveInt, Field(description="micro-batches per step: each rank's images are dealt into so many parts")
+    ] = 1
+    warmup_epochs: NonNegativeFloat = 10.0
+    max_steps: Annotated[PositiveInt | None, Field(description="stop early; the schedules still span the epochs")] = (
+        None
+    )
+    clip_grad_norm: Annotated[PositiveFloat | None, Field(description="per parameter; null turns it off")] = 3.0
+    freeze_last_layer_epochs: NonNegativeInt = 1
+    teacher_momentum: tuple[Probability, Probability] = (0.996, 1.0)
+
+
+class PrecisionConfig(StrictModel):
+    """Arithmetic of the networks; losses, centres and norms are always fp32 or better."""
+
+    compute: Annotated[
+        Literal["fp32", "bf16", "fp16"], Field(description="fp16 scales every branch's loss by itself")
+    ] = "fp32"
+    tf32: Annotated[bool, Field(description="GPUs: fp32 products in TensorFloat-32")] = True
+    channels_last: Annotated[bool, Field(description="convolutional backbones in NHWC memory order")] = True
+
+
+class ParallelConfig(StrictModel):
+    """How the ranks share the work."""
+
+    strategy: Annotated[
+        Literal["ddp", "fsdp"],
+        Field(description="ddp: all state on every rank; fsdp: weights and states split over ranks"),
+    ] = "ddp"
+    shard_group_size: Annotated[
+        PositiveInt | None, Field(description="fsdp: ranks that hold one copy together; default: all ranks")
+    ] = None
+    reshard_after_forward: Annotated[
+        bool, Field(description="fsdp: free a block's gathered weights after its forward pass")
+    ] = True
+    timeout_seconds: Annotated[PositiveFloat, Field(description="a collective older than this ends the run")] = 600.0
+    threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores per rank")] = None
+
+
+class ExecutionConfig(StrictModel):
+    """How the step is computed: what changes its speed and memory, not its mathematics."""
+
+    compile: Annotated[bool, Field(description="torch.compile of every network; the first steps take minutes")] = False
+    cuda_graphs: Annotated[bool, Field(description="with compile, on GPUs: networks are replayed as CUDA graphs")] = (
+        False
+    )
+    overlap_teachers: Annotated[
+        bool, Field(description="GPUs: the teachers run beside the first student, on a stream of their own")
+    ] = False
+    recompute_logits: Annotated[
+        bool | None, Field(description="compute logits twice instead of keeping them; default: on GPUs")
+    ] = None
+
+    @model_validator(mode="after")
+    def _workable(self) -> ExecutionConfig:
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs: are made of compiled networks; set execution.compile to true")
+        return self
+
+
+class CheckpointConfig(StrictModel):
+    """When state is saved and what is kept."""
+
+    every_steps: Annotated[PositiveInt | None, Field(description="default: once an epoch")] = None
+    asynchronous: Annotated[bool, Field(description="train on while a thread writes; costs a copy in host memory")] = (
+        True
+    )
+    keep_last: PositiveInt = 2
+    keep_every_steps: Annotated[PositiveInt | None, Field(description="never prune steps divisible by this")] = None
+
+
+class LoggingConfig(StrictModel):
+    """What is written while training."""
+
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True

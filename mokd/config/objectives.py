@@ -1,0 +1,139 @@
+"""Objectives: what the branches learn from, and what that asks of the rest of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    StrictModel,
+)
+
+if TYPE_CHECKING:
+    from mokd.config.run import RunConfig
+
+
+class THeadConfig(StrictModel):
+    """The T-Head, the same for every branch since one branch's query enters another's."""
+
+    width: PositiveInt = 384
+    depth: PositiveInt = 3
+    heads: PositiveInt = 6
+    mlp_ratio: PositiveFloat = 4.0
+    gain: Annotated[
+        PositiveFloat, Field(description="first gain of the prototypes' weight norm; smaller: softer targets at first")
+    ] = 1.0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> THeadConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
+        return self
+
+
+class TermsConfig(StrictModel):
+    """Which of the four loss terms take part (ablations)."""
+
+    self_mlp: bool = True
+    self_thead: bool = True
+    cross_mlp: bool = True
+    cross_search: bool = True
+
+
+class ObjectiveConfig(StrictModel):
+    """What the sections of all objectives have in common: each knows what it asks of the rest of a run."""
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError when another section of the configuration does not suit this objective."""
+
+    def check_samples(self, samples: int) -> None:
+        """UserError when so many training images do not suit this objective."""
+
+
+class DinoConfig(ObjectiveConfig):
+    """The four distillation terms over prototypes (method of the paper)."""
+
+    kind: Literal["dino"] = "dino"
+    prototypes: PositiveInt = 65536
+    t_head: THeadConfig = THeadConfig()
+    terms: TermsConfig = TermsConfig()
+    student_temp: PositiveFloat = 0.1
+    teacher_temp: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
+    cross_temp_warmup_epochs: NonNegativeInt = 30
+    center_momentum: Probability = 0.9
+    center_search: Annotated[
+        bool, Field(description="ablation: also what the search finds is centred, by the other T-Head's centre")
+    ] = False
+
+    @model_validator(mode="after")
+    def _workable(self) -> DinoConfig:
+        if self.prototypes < 2:
+            raise ValueError("prototypes: at least 2, or every softmax is constant")
+        return self
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError when no term is left, or the search has no local views to search for."""
+        on, alone = self.terms, len(run.branches) == 1
+        if not (on.self_mlp or on.self_thead) and (alone or not (on.cross_mlp or on.cross_search)):
+            what = "a branch alone has the self terms only, and both are off" if alone else "all four are off"
+            raise ValueError(f"objective.terms: {what}; nothing is left to learn from")
+        if on.cross_search and not alone and not run.views.local_crops.count:
+            raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
+
+
+class ProjectionConfig(StrictModel):
+    """Linear layers with GELU between, over the pooled feature and over every position of the dense ones."""
+
+    layers: PositiveInt = 2
+    hidden: PositiveInt = 2048
+
+
+class BankConfig(StrictModel):
+    """The memory bank of a branch: the newest keys of its teacher, negatives for the queries."""
+
+    size: PositiveInt = 65536
+    storage: Literal["fp32", "bf16"] = "fp32"
+
+
+class ContrastiveConfig(ObjectiveConfig):
+    """InfoNCE against memory banks; cross-distillation by feature extraction, matching and alignment."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    width: Annotated[PositiveInt, Field(description="D, of queries and keys")] = 128
+    projection: ProjectionConfig = ProjectionConfig()
+    bank: BankConfig = BankConfig()
+    temperature: PositiveFloat = 0.07
+    cross_weight: Annotated[NonNegativeFloat, Field(description="beta; 0 leaves the cross terms out")] = 0.01
+    residual_weight: Annotated[NonNegativeFloat, Field(description="lambda, of the other teacher's projection")] = 0.5
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError unless there are two views of one size and the bank takes the keys of a step."""
+        if (run.views.global_crops.count, run.views.local_crops.count) != (2, 0):
+            raise ValueError(
+                "objective contrastive: has two views of an image; "
+                "set views.global_crops.count to 2 and views.local_crops.count to 0"
+            )
+        keys = 2 * run.optim.global_batch
+        if self.bank.size < keys:
+            raise ValueError(
+                f"objective.bank.size: {self.bank.size}, but a step brings {keys} keys, "
+                "two for every image of optim.global_batch"
+            )
+
+    def check_samples(self, samples: int) -> None:
+        """UserError when the bank would hold the former keys of the very images that a query is compared with."""
+        if self.bank.size > 2 * samples:
+            raise UserError(
+                f"objective.bank.size: {self.bank.size}, but {samples} images bring {2 * samples} keys an epoch, so "
+                f"that every image would meet its own as negatives; use at most {2 * samples}, better a tenth of it"
+            )
+
+
+AnyObjectiveConfig = Annotated[DinoConfig | ContrastiveConfig, Field(discriminator="kind")]

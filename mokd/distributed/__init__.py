@@ -1,0 +1,1 @@
+"""Ranks: the process group, shards, agreement, streams and copies to the host."""

@@ -1,0 +1,152 @@
+"""Ranks: who am I, who are the others. From torchrun, SLURM or submitit, or a single process."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.core.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+
+def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks that torchrun, SLURM (with or without submitit) or nobody has set up; UserError when contradictory."""
+    try:
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return Ranks(
+                rank=int(environ["RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
+                local_rank=int(environ.get("LOCAL_RANK", "0")),
+                local_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
+                master=environ.get("MASTER_ADDR", "127.0.0.1"),
+                port=int(environ.get("MASTER_PORT", "29500")),
+            )
+        # SLURM_PROCID alone is not enough: a batch script or `salloc` shell has SLURM variables, but is no task
+        if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+            nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+            job = int(environ.get("SLURM_JOB_ID", "0"))
+            return Ranks(
+                rank=int(environ["SLURM_PROCID"]),
+                world_size=int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))),
+                local_rank=int(environ["SLURM_LOCALID"]),
+                local_size=_tasks_on_node(environ),
+                master=environ.get("MASTER_ADDR", first_host(nodes)),
+                # every task derives the same port; two jobs on one node get different ones
+                port=int(environ.get("MASTER_PORT", str(20000 + job % 20000))),
+            )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the environment's rank variables cannot be used: {error}") from None
+    return Ranks()
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list.
+
+    >>> first_host("gpu[07-09,12],login"), first_host("n1,n2")
+    ('gpu07', 'n1')
+    """
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist)
+    if not match:
+        raise ValueError(f"node list '{nodelist}'")
+    prefix, ranges, suffix = match.groups()
+    return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + (suffix or "")
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    # "2(x3),1": two tasks on each of three nodes, then one; the entry of this node counts
+    counts: list[int] = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match:
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = int(environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 1
+
+
+def pick_device(ranks: Ranks) -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def join(ranks: Ranks, device: torch.device, timeout_seconds: float) -> None:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs); nothing to do for a single process."""
+    if ranks.world_size == 1 or dist.is_initialized():
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{ranks.master}:{ranks.port}",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def leave() -> None:
+    """Leaves the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Ranks in the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums a tensor over all ranks in place and returns it; itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor, by rank: `[world size, ...]`; all of one shape. A leading 1 in a single process."""
+    if not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())  # gloo wants the parts one after the other
+    return gathered.unflatten(0, (-1, tensor.shape[0]))
+
+
+def broadcast_from_main(value: T) -> T:
+    """The first rank's value on every rank; itself in a single process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits for all ranks; nothing in a single process."""
+    if dist.is_initialized():
+        dist.barrier()

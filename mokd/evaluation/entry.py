@@ -1,0 +1,76 @@
+"""From a request to its results on this machine: in this process, in local ranks, or as one rank of a launcher's.
+
+`python -m mokd.evaluation.entry REQUEST` is what a local rank runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+
+from data_pipeline.core.errors import DataError, UserError
+from mokd.distributed.local_ranks import leave_at_once, supervise
+from mokd.distributed.process_group import barrier, join, leave, pick_device, ranks_from_environment
+from mokd.evaluation import results
+from mokd.evaluation.job import Job, Request, perform, prepare, records_of
+from mokd.evaluation.results import Evaluation
+from mokd.optim.precision import set_tf32
+from mokd.runs.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_USER
+
+
+def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
+    """The results that were asked for, and an exit status; they are None in ranks that are not the first.
+
+    Under torchrun or srun this process is one of their ranks, else `nproc` ranks are started. UserError.
+    """
+    ranks = ranks_from_environment()
+    if ranks.world_size == 1 and nproc > 1:
+        job = prepare(request)  # mistakes are found, and told, once
+        command = [sys.executable, "-m", "mokd.evaluation.entry", json.dumps(request.to_json())]
+        status = supervise(command, nproc)
+        return (records_of(job, results.read(job.path)) if status == EXIT_DONE else None), status
+    try:
+        job = prepare(request)
+        evaluation = _as_rank(job)
+    except UserError:  # the same on all ranks
+        if ranks.is_main:
+            raise
+        return None, EXIT_USER
+    return (records_of(job, evaluation) if ranks.is_main else None), EXIT_DONE
+
+
+def _as_rank(job: Job) -> Evaluation:
+    ranks = ranks_from_environment()
+    device = pick_device(ranks)
+    if ranks.world_size > 1:
+        threads = job.config.parallel.threads_per_rank
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
+    set_tf32(job.config.precision)
+    join(ranks, device, job.config.parallel.timeout_seconds)
+    try:
+        evaluation = perform(job, ranks, device)
+        barrier()  # nobody leaves before the results are written
+        return evaluation
+    finally:
+        leave()
+
+
+def main(arguments: list[str]) -> int:
+    """One local rank; the first says what went wrong, unless only another knows."""
+    try:
+        _as_rank(prepare(Request.from_json(json.loads(arguments[0]))))
+    except UserError as error:  # the same on all ranks
+        if ranks_from_environment().is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except DataError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    leave_at_once(main(sys.argv[1:]))

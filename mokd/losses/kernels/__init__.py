@@ -1,0 +1,1 @@
+"""What the fused prototype loss does to a block of logits, per device."""

@@ -1,0 +1,335 @@
+"""The fused prototype loss: from rows and prototypes, or from logits, to the loss and all its gradients.
+
+With z the scaled logits of a student row, L = logsumexp(z), p the combined target (the sum over all its comparisons,
+with their weights) and m the sum of those weights, the row's loss is `m L - p z` and its gradient `m softmax(z) - p`.
+Both are known once L is, so the gradients are computed with the loss; the backward pass only scales them.
+
+Shape letters: V student views, B images per rank, R rows = V * B, C width before the prototypes, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mokd.losses.kernels import cpu, onednn, plain
+from mokd.losses.kernels.scratch import empty
+from mokd.losses.kernels.targets import Cut, Target, at_least_fp32
+from mokd.losses.prototypes import HeadOutput, PrototypeWeight, logits_in, product, product_types
+
+# Logits per block: on a CPU few enough for the last-level cache, but not fewer, or threads meet too often; on a GPU
+_CPU_BLOCK_BYTES_PER_THREAD = 1280 << 10
+_GPU_BLOCK_BYTES = 64 << 20
+_GRANULE = 256
+
+
+class Kernels(Protocol):
+    """What is done to a block of logits: see `mokd.losses.kernels.plain`.
+
+    BY_PROTOTYPE: how it should lie in memory. TAKES_SCALE: rather scales logits and gradients than be given products
+    with scaled weights.
+    """
+
+    BY_PROTOTYPE: bool
+    TAKES_SCALE: bool
+
+    def observe(
+        self, z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Takes notice of logits."""
+        ...
+
+    def gradient(
+        self,
+        x: Tensor,
+        factor: Tensor,
+        cuts: Sequence[Cut],
+        dtype: torch.dtype,
+        largest: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient towards them."""
+        ...
+
+    def through_norm(
+        self, towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float, *, scaled: bool = False
+    ) -> Tensor:
+        """From gradients towards weights to those towards directions and gains."""
+        ...
+
+
+def prototype_loss(
+    student: HeadOutput,
+    targets: Sequence[Target],
+    temperature: float,
+    *,
+    train_prototypes: bool = True,
+    recompute: bool | None = None,
+    kernels: Kernels | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the terms, and every term by itself `[len(targets)]` (detached).
+
+    train_prototypes: False computes no gradient for them. recompute: compute the logits twice instead of keeping
+    `[R, K]` of them meanwhile; default: on GPUs, where a second product costs little. kernels: default: the device's.
+    """
+    on_gpu = student.rows.device.type == "cuda"
+    options = (train_prototypes, on_gpu if recompute is None else recompute, kernels or _kernels(on_gpu))
+    total, terms = _PrototypeLoss.apply(student.rows, *student.prototypes, tuple(targets), temperature, *options)
+    return total, terms
+
+
+def distillation_loss(
+    logits: Tensor, targets: Sequence[Target], temperature: float, *, kernels: Kernels | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `prototype_loss`, for student logits `[V, B, K]` that exist already."""
+    kernels = kernels or _kernels(logits.device.type == "cuda")
+    total, terms = _DistillationLoss.apply(logits, tuple(targets), temperature, kernels)
+    return total, terms
+
+
+def _kernels(on_gpu: bool) -> Kernels:
+    if not on_gpu:
+        return cpu
+    try:
+        from mokd.losses.kernels import triton  # importing it imports Triton, which not every installation has
+    except ImportError:
+        return plain
+    return triton
+
+
+class _Terms:
+    """The terms of one evaluation: the weights of their comparisons, and their values from what blocks have shown."""
+
+    def __init__(self, targets: Sequence[Target], views: int, device: torch.device) -> None:
+        self.targets = targets
+        self.coefficients = [target.coefficient(views) for target in targets]
+        self.comparisons = [target.comparisons(views) for target in targets]
+        terms = list(zip(targets, self.coefficients, self.comparisons, strict=True))
+        self.mass = [sum(t.weight * c * n[view] for t, c, n in terms) for view in range(views)]
+        self.dots = torch.zeros(len(targets), dtype=torch.float64, device=device)
+
+    def _factors(self, scale: float) -> list[float]:
+        """What a single comparison of each term weighs in the loss, times `scale`."""
+        return [t.weight * c * scale for t, c in zip(self.targets, self.coefficients, strict=True)]
+
+    def cut(self, index: tuple[Any, ...], scale: float) -> list[Cut]:
+        """The targets as a block of logits meets them."""
+        pairs = zip(self.targets, self._factors(scale), strict=True)
+        return [Cut(t.probabilities[index], factor, t.paired, t.first_view) for t, factor in pairs]
+
+    def mass_of_rows(self, scale: float, like: Tensor) -> Tensor:
+        """The sum of the weights of a row's comparisons, times `scale`: `[V, 1, 1]`."""
+        return _constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
+
+    def values(self, log_z: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the terms, and the terms `[len(targets)]`, for `logsumexp(z)` `[V, B]`."""
+        constant = partial(_constant, dtype=torch.float64, device=log_z.device)
+        comparisons = torch.stack([constant(tuple(map(float, n))) for n in self.comparisons])
+        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * constant(tuple(self.coefficients))
+        total = (terms * constant(tuple(t.weight for t in self.targets))).sum()
+        return total.to(log_z.dtype), terms.to(log_z.dtype)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: bringing numbers to a GPU makes the host wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+class _GradientsKept(torch.autograd.Function):
+    """A function whose forward pass has left its gradients in `ctx.gradients`, for a gradient of 1."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # scaled in place, and handed over: a second backward pass has nothing left to scale
+        if ctx.gradients is None:
+            raise RuntimeError("the prototype loss can be differentiated once")
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_total.device.type != "cpu" or grad_total != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_total)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
+
+
+class _PrototypeLoss(_GradientsKept):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        direction: Tensor,
+        gain: Tensor,
+        norm: Tensor,
+        targets: tuple[Target, ...],
+        temperature: float,
+        train_prototypes: bool,
+        recompute: bool,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(rows.device.type, enabled=False):
+            work = _ByPrototypes(rows, PrototypeWeight(direction, gain, norm), targets, temperature, recompute, kernels)
+            work.observe()
+            ctx.gradients = work.differentiate(*(wanted and train_prototypes for wanted in ctx.needs_input_grad[1:3]))
+            total, terms = work.terms.values(work.log_z)
+        ctx.mark_non_differentiable(terms)
+        return total, terms
+
+
+class _ByPrototypes:
+    """Rows and prototypes, in blocks of prototypes: a first pass finds L, a second one the gradients.
+
+    Between the two, exponentials of all logits are kept, or the logits are computed again. The logits of a block are
+    `s w^T / temperature`, with `w = g v / |v|`.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        weight: PrototypeWeight,
+        targets: Sequence[Target],
+        temperature: float,
+        recompute: bool,
+        kernels: Kernels,
+    ) -> None:
+        self.shape, self.row_type = rows.shape, rows.dtype
+        self.weight, self.kernels, self.recompute = weight, kernels, recompute
+        self.inverse_temp = 1.0 / temperature
+        # half precision enters by rows and prototypes alone; logits and sums are of the second type
+        self.dtype, self.accumulator = product_types(rows)
+        self.rows = rows.flatten(0, 1).to(self.dtype)
+        self.terms = _Terms(targets, rows.shape[0], rows.device)
+        count, prototypes = self.rows.shape[0], weight.direction.shape[0]
+        step = _block_size(count, prototypes, rows.device, self.accumulator.itemsize)
+        self.blocks = [(start, min(start + step, prototypes)) for start in range(0, prototypes, step)]
+        self.memory = empty([count * (step if recompute else prototypes)], self.accumulator, rows.device)
+        # either the logits are scaled, by `g / |v| / temperature` of every prototype, or the directions are, block by
+        # block; a gain of zero would hide its own gradient from the first way
+        self.scale: Tensor | None = None
+        if kernels.TAKES_SCALE and weight.direction.dtype == self.dtype and bool((weight.gain != 0.0).all()):
+            self.scale = weight.scale(slice(None), self.inverse_temp).flatten()
+        else:
+            self.scaled = torch.empty(step, weight.direction.shape[1], dtype=self.dtype, device=rows.device)
+        self.by_convolution = kernels.BY_PROTOTYPE and onednn.suits(self.rows, weight.direction)
+        self.seen: list[Tensor] = []  # the largest logit of every row, by block
+
+    def observe(self) -> None:
+        """The first pass: L of every row `[V, B]`, and the terms' dot products."""
+        sums = []
+        for start, stop in self.blocks:
+            z, raw = self._memory(start, stop), self._logits(start, stop, self._weight(start, stop))
+            scale = 1.0 if self.scale is None else self.scale[start:stop]
+            cuts = self.terms.cut((..., slice(start, stop)), 1.0)
+            given = None if raw.data_ptr() == z.data_ptr() else raw
+            largest, total = self.kernels.observe(z, cuts, self.terms.dots, given, scale)
+            self.seen.append(largest)
+            sums.append(total)
+        self.log_z = (torch.cat(self.seen, dim=-1) + torch.cat(sums, dim=-1).log_()).logsumexp(dim=-1)
+
+    def differentiate(self, for_direction: bool, for_gain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The second pass: the gradients towards rows, direction and gain."""
+        v, g, norm = self.weight
+        boost = self._boost()
+        scaled = self.scale is not None
+        unit = 1.0 / boost if scaled else self.inverse_temp / boost
+        mass = self.terms.mass_of_rows(boost, self.log_z)
+        out_rows = torch.zeros_like(self.rows, dtype=self.accumulator)
+        part = torch.empty_like(out_rows)
+        out_v = empty(v.shape, self.accumulator, v.device) if for_direction or for_gain else None
+        out_g = torch.empty_like(g, dtype=self.accumulator) if for_gain else None
+        for (start, stop), largest in zip(self.blocks, self.seen, strict=True):
+            weight = self._weight(start, stop)
+            x = self._logits(start, stop, weight) if self.recompute else self._memory(start, stop)
+            factor = (largest - self.log_z.unsqueeze(-1)).exp_().mul_(mass)
+            cuts = self.terms.cut((..., slice(start, stop)), boost)
+            scale = None if self.scale is None else self.scale[start:stop]
+            given = (largest if self.recompute else None, scale)
+            towards_z = self.kernels.gradient(x, factor, cuts, self.dtype, *given).flatten(0, 1)
+            if self.by_convolution:
+                wanted = out_v is not None
+                part, towards_v = onednn.gradients(towards_z.T, self.rows, weight, for_directions=wanted)
+            else:
+                product(towards_z, weight, out=part)
+            out_rows += part
+            if out_v is None:
+                continue
+            if self.by_convolution:
+                assert towards_v is not None
+                out_v[start:stop] = towards_v
+            else:
+                product(towards_z.T, self.rows, out=out_v[start:stop])
+            parameters = (v[start:stop], norm[start:stop], g[start:stop])
+            towards_g = self.kernels.through_norm(out_v[start:stop], *parameters, unit, scaled=scaled)
+            if out_g is not None:
+                out_g[start:stop] = towards_g
+        return out_rows.div_(boost).to(self.row_type).view(self.shape), out_v, out_g
+
+    def _weight(self, start: int, stop: int) -> Tensor:
+        """What rows are multiplied with."""
+        if self.scale is not None:
+            return self.weight.direction[start:stop]
+        return self.weight.scaled_block(start, stop, self.inverse_temp, out=self.scaled)
+
+    def _logits(self, start: int, stop: int, weight: Tensor) -> Tensor:
+        if self.by_convolution:
+            return logits_in(onednn.logits(self.rows, weight).view(-1), *self.shape[:2], by_prototype=True)
+        z = self._memory(start, stop)
+        product(self.rows, weight.T, out=z.flatten(0, 1))
+        return z
+
+    def _memory(self, start: int, stop: int) -> Tensor:
+        """Of a block's logits `[V, B, stop - start]`: its own, or shared with all other blocks."""
+        count = self.rows.shape[0]
+        first = 0 if self.recompute else count * start
+        memory = self.memory[first : first + count * (stop - start)]
+        return logits_in(memory, *self.shape[:2], by_prototype=self.kernels.BY_PROTOTYPE)
+
+    def _boost(self) -> float:
+        """A power of two on all gradients on their way: in half precision those of 1e-8 would vanish."""
+        largest = max(self.terms.mass, default=0.0)
+        if self.dtype.itemsize > 2 or largest <= 0.0:
+            return 1.0
+        return 2.0 ** (13 - math.ceil(math.log2(largest)))
+
+
+class _DistillationLoss(_GradientsKept):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: tuple[Target, ...], temperature: float, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """On GPUs some images at a time: what a block has shown is still in the cache when its gradient is due."""
+        terms = _Terms(targets, logits.shape[0], logits.device)
+        memory = empty([logits.numel()], at_least_fp32(logits[:0]).dtype, logits.device)
+        out = logits_in(memory, *logits.shape[:2], by_prototype=kernels.BY_PROTOTYPE)
+        mass = terms.mass_of_rows(1.0 / temperature, out)
+        log_z = []
+        for images in _images(logits):
+            z, cuts = out[:, images], terms.cut((slice(None), images), 1.0)
+            largest, total = kernels.observe(z, cuts, terms.dots, logits[:, images], 1.0 / temperature)
+            log_z.append((largest + total.log()).logsumexp(dim=-1))
+            factor = (largest - log_z[-1].unsqueeze(-1)).exp_().mul_(mass)
+            kernels.gradient(z, factor, terms.cut((slice(None), images), 1.0 / temperature), z.dtype)
+        ctx.gradients = (out.to(logits.dtype),)
+        total, by_term = terms.values(torch.cat(log_z, dim=1))
+        ctx.mark_non_differentiable(by_term)
+        return total, by_term
+
+
+def _images(logits: Tensor) -> Iterator[slice]:
+    views, batch, prototypes = logits.shape
+    on_gpu = logits.device.type == "cuda"
+    step = max(1, _GPU_BLOCK_BYTES // (views * prototypes * logits.dtype.itemsize)) if on_gpu else batch
+    for start in range(0, batch, step):
+        yield slice(start, min(start + step, batch))
+
+
+def _block_size(rows: int, prototypes: int, device: torch.device, itemsize: int) -> int:
+    limit = _GPU_BLOCK_BYTES if device.type == "cuda" else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
+    granules = limit // (rows * itemsize * _GRANULE)
+    return min(max(granules, 1) * _GRANULE, prototypes)

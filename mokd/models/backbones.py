@@ -1,0 +1,236 @@
+"""Any timm network behind one interface: pooled feature, dense tokens, grid.
+
+Shape letters: B images, N tokens, D width, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from data_pipeline.config import ViewsConfig
+from data_pipeline.core.errors import UserError
+from mokd.config import BranchConfig
+from mokd.models.drop_path import SampleDropPath
+
+# where training code keeps the network: where a file has keys below one of these, the others are not the network's
+_PARTS = ("teacher.", "encoder_q.", "base_encoder.", "model.", "backbone.", "net.")
+# classifiers and projection heads
+_HEADS = ("fc", "head", "head_dist", "classifier", "projector", "projection_head")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone says of a batch.
+
+    pooled: `[B, D_pooled]`; tokens: `[B, N, D]`, row-major over a square grid;
+    cls: the class token `[B, D]`, None for a network without one.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    cls: Tensor | None
+
+    @property
+    def grid(self) -> int:
+        """Side of the square grid of tokens."""
+        return math.isqrt(self.tokens.shape[1])
+
+
+class Backbone(nn.Module):
+    """A timm network without classifier. The network is the submodule `net`; its key names are timm's own.
+
+    channels_last: whether it computes in NHWC memory order.
+    """
+
+    channels_last = False
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
+        self.width = int(net.num_features)  # type: ignore[arg-type]
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the dense features are a transformer's tokens rather than a feature map."""
+        return self.prefix_tokens > 0
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of images `[B, 3, S, S]`."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        dense = self.net.forward_features(images)  # type: ignore[operator]
+        pooled = self.net.forward_head(dense, pre_logits=True)  # type: ignore[operator]
+        cls = None
+        if dense.ndim == 4:
+            if dense.shape[1] == self.width and getattr(self.net, "output_fmt", "NCHW") != "NHWC":
+                dense = dense.permute(0, 2, 3, 1)
+            tokens = dense.flatten(1, 2)
+        else:
+            cls = dense[:, 0] if self.prefix_tokens else None
+            tokens = dense[:, self.prefix_tokens :]
+        return Features(pooled, tokens, cls)
+
+
+@dataclass(frozen=True)
+class BackboneShapes:
+    """Sizes that the heads need to know: widths, and the token grid's side for every crop size."""
+
+    pooled_width: int
+    width: int
+    is_sequence: bool
+    grids: dict[int, int]
+
+
+def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Module:
+    """The timm network of a branch, randomly initialised; UserError when timm does not know it or its options."""
+    entry = f"branches.{config.name}.backbone"
+    if not timm.is_model(config.backbone):
+        near = timm.list_models(f"*{config.backbone.split('_')[0].rstrip('0123456789oO')}*")[:4]
+        raise UserError(f"{entry}: timm has no model '{config.backbone}'; similar: {', '.join(near) or 'none'}")
+    options: dict[str, Any] = {"num_classes": 0, **config.backbone_options}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    attempts: tuple[dict[str, Any], ...] = (
+        {"dynamic_img_size": True, "img_size": image_px},
+        {"img_size": image_px},
+        {},
+    )
+    error: Exception | None = None
+    for extra in attempts:
+        try:
+            net = timm.create_model(config.backbone, pretrained=False, **{**extra, **options})
+            break
+        except TypeError as caught:  # the architecture does not know one of the extra options
+            error = error if "unexpected keyword" in str(error) and extra else caught
+        except (RuntimeError, ValueError, AssertionError) as caught:
+            raise UserError(f"{entry}: '{config.backbone}' with {options} cannot be built: {_line(caught)}") from None
+    else:
+        raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them: {_line(error)}")
+    if config.stem != "default":
+        _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], entry)
+    return net
+
+
+def build_backbone(config: BranchConfig, image_px: int, *, drop_path: float, images_per_rank: int) -> Backbone:
+    """The backbone of a student (with its stochastic depth) or of a teacher (drop_path 0)."""
+    net = create_net(config, image_px, drop_path)
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DropPath):
+                setattr(parent, name, SampleDropPath(float(child.drop_prob or 0.0), images_per_rank))
+    return Backbone(net)
+
+
+def build_for_views(
+    config: BranchConfig, views: ViewsConfig, *, student: bool, images_per_rank: int
+) -> tuple[Backbone, BackboneShapes]:
+    """The backbone of a branch's student (with stochastic depth) or teacher, with the weights of `init` if given, and
+    the sizes of what it says of every view.
+    """
+    global_px = views.global_crops.size_px
+    shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups])
+    drop_path = config.drop_path if student else 0.0
+    backbone = build_backbone(config, global_px, drop_path=drop_path, images_per_rank=images_per_rank)
+    if config.init is not None:
+        load_weights(backbone, config.init, f"branches.{config.name}")
+    return backbone, shapes
+
+
+def measure_shapes(config: BranchConfig, image_px: int, crop_sizes_px: Iterable[int]) -> BackboneShapes:
+    """Runs the network without data or memory on every crop size; UserError naming the size it cannot take."""
+    grids: dict[int, int] = {}
+    features: Features | None = None
+    with torch.device("meta"), torch.no_grad():
+        backbone = Backbone(create_net(config, image_px, 0.0)).eval()
+        for size in crop_sizes_px:
+            try:
+                features = backbone(torch.zeros(2, 3, size, size))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"branches.{config.name}: '{config.backbone}' cannot take crops of {size} px: {_line(error)}; "
+                    "change the crop's size_px or the network's patch or image size"
+                ) from None
+            if features.grid**2 != features.tokens.shape[1]:
+                raise UserError(
+                    f"branches.{config.name}: '{config.backbone}' gives {features.tokens.shape[1]} tokens, not a grid"
+                )
+            grids[size] = features.grid
+    assert features is not None, "at least one crop size"
+    return BackboneShapes(features.pooled.shape[1], features.tokens.shape[2], backbone.is_sequence, grids)
+
+
+def load_weights(backbone: Backbone, path: Path, owner: str) -> None:
+    """Backbone weights from a safetensors or state-dict file; UserError when they do not fit.
+
+    Takes timm or torchvision keys, bare or under the prefixes that training code is known to put before them; a
+    classifier or projection head is ignored.
+    """
+    own = backbone.net.state_dict()
+    given = _backbone_part(_read_tensors(path))
+    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(f"{path}: {owner} needs '{missing[0]}' ({len(missing)} keys in all), which the file has not")
+    wrong = [key for key in own if key in given and given[key].shape != own[key].shape]
+    if wrong:
+        shapes = f"{list(given[wrong[0]].shape)} instead of {list(own[wrong[0]].shape)}"
+        raise UserError(f"{path}: '{wrong[0]}' has shape {shapes}; the file is of another network than {owner}")
+    unknown = [key for key in given if key not in own and key.split(".")[0] not in _HEADS]
+    if unknown:
+        raise UserError(f"{path}: holds '{unknown[0]}' ({len(unknown)} such keys), which {owner} does not know")
+    backbone.net.load_state_dict({key: given[key] for key in own if key in given}, strict=False)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (weights to start from)") from None
+    except Exception:  # both readers raise many kinds on a damaged or foreign file, and give long advice
+        raise UserError(
+            f"{path}: cannot be read safely as weights; expected a safetensors file or a state dict of tensors"
+        ) from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds {type(loaded).__name__}, not a state dict")
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _backbone_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the network proper, without what wrappers and methods put before their names."""
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    for part in _PARTS:
+        inside = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
+        tensors = inside or tensors
+    return tensors
+
+
+def _use_small_stem(net: nn.Module, stride: int, entry: str) -> None:
+    norm, pool = getattr(net, "bn1", None), getattr(net, "maxpool", None)
+    if not hasattr(net, "conv1") or not isinstance(norm, nn.BatchNorm2d) or pool is None:
+        raise UserError(f"{entry}: stems for small images are for ResNets; this network has no 'conv1' and 'maxpool'")
+    # as wide as what it replaces: a deep stem's last layer, or the only one
+    stem = nn.Conv2d(3, norm.num_features, kernel_size=3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    net.conv1, net.maxpool = stem, nn.Identity()
+
+
+def _line(error: BaseException | None) -> str:
+    return inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,27 @@
+"""What parallelism has to know of a branch's network, whatever the objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import nn
+
+from mokd.models.backbones import Backbone
+
+
+class Units(NamedTuple):
+    """The modules that are sharded by themselves; `exact` ones compute in fp32 or better, whatever the precision."""
+
+    half: list[nn.Module]
+    exact: list[nn.Module]
+
+
+class TrainableNetwork(nn.Module, ABC):
+    """A backbone with what an objective puts on it."""
+
+    backbone: Backbone
+
+    @abstractmethod
+    def units(self) -> Units:
+        """The units of sharding, the inner ones; what is left over is sharded with the whole."""

@@ -1,0 +1,1 @@
+"""What branches learn from: networks, targets and losses of each objective."""

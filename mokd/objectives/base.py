@@ -1,0 +1,69 @@
+"""What the trainer asks of an objective. Another one takes a module, a configuration class and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, assert_never
+
+import torch
+from torch import Tensor
+
+from mokd.config import BranchConfig, ContrastiveConfig, DinoConfig, RunConfig
+from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.contrastive import ContrastiveObjective
+from mokd.objectives.dino import DinoObjective
+
+
+class Objective(Protocol):
+    """A training objective over a list of branches. Its state (centres, banks) is in `state_tensors`."""
+
+    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+        """Student and teacher of one branch, with the heads that the objective needs."""
+        ...
+
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
+        """One loss per branch on one batch of views, ready for `backward`, each computed when it is asked for.
+
+        Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
+        """
+        ...
+
+    def commit(self) -> None:
+        """Takes up what the step has shown (centres, banks), after the optimisers' step."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything the objective remembers between steps."""
+        ...
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `state_tensors` gave."""
+        ...
+
+    def loss_bytes(self, images_per_rank: int) -> int:
+        """Bytes on each rank, about, of what the losses keep for the backward pass and the objective from step to step;
+        for estimates ahead of a run.
+        """
+        ...
+
+
+def build_objective(config: RunConfig, device: torch.device) -> Objective:
+    """The objective that `config.objective.kind` names."""
+    names = [branch.name for branch in config.branches]
+    match config.objective:
+        case DinoConfig():
+            return DinoObjective(
+                config.objective,
+                config.views,
+                names,
+                device,
+                frozen_epochs=config.optim.freeze_last_layer_epochs,
+                recompute_logits=config.execution.recompute_logits,
+                overlap_teachers=config.execution.overlap_teachers,
+            )
+        case ContrastiveConfig():
+            return ContrastiveObjective(
+                config.objective, config.views, names, device, config.seed, config.optim.global_batch
+            )
+        case _:
+            assert_never(config.objective)

@@ -1,0 +1,138 @@
+"""The contrastive objective: InfoNCE against a memory bank per branch, within a branch and between branches.
+
+Shape letters: V views (2), B images per rank, G images over all ranks, N tokens, D width of keys, K keys of a bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from data_pipeline.config import ViewsConfig
+from mokd.config import BranchConfig, ContrastiveConfig
+from mokd.losses.info_nce import CHUNK, info_nce
+from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.collapse_statistics import feature_monitors
+from mokd.objectives.contrastive_network import ContrastiveOutput, Seen, build_contrastive_network
+from mokd.objectives.memory_bank import MemoryBank, gather_keys
+from mokd.runs.seeds import derive_seed
+
+
+class ContrastiveObjective:
+    """`self + beta * cross` for any number of branches; one branch alone is momentum contrast."""
+
+    def __init__(
+        self,
+        config: ContrastiveConfig,
+        views: ViewsConfig,
+        names: Sequence[str],
+        device: torch.device,
+        seed: int,
+        global_batch: int,
+    ) -> None:
+        self.config = config
+        self.keys_per_step = views.count * global_batch
+        self.views = views
+        self.crosses = len(names) > 1 and config.cross_weight > 0.0
+        # fp32, unless everything is computed in more
+        dtype = torch.bfloat16 if config.bank.storage == "bf16" else torch.get_default_dtype()
+        self.banks = {
+            name: MemoryBank(
+                config.bank.size,
+                config.width,
+                seed=derive_seed(seed, "memory bank", name),
+                dtype=dtype,
+                device=device,
+            )
+            for name in names
+        }
+        self._keys: list[Tensor] = []  # of the micro-batches of this step
+
+    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+        """Student and teacher of one branch."""
+        student, teacher = (
+            build_contrastive_network(
+                config,
+                self.config,
+                self.views,
+                student=is_student,
+                alone=not self.crosses,
+                images_per_rank=images_per_rank,
+            )
+            for is_student in (True, False)
+        )
+        return Branch(config, student, teacher)
+
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
+        """One loss per branch for the one group of views, `[V, B, 3, S, S]`."""
+        (crops,) = views
+        with torch.no_grad():
+            # training mode: BatchNorm uses the statistics of this batch, of all ranks where there are several
+            teachers: list[ContrastiveOutput] = [branch.teacher(crops, dense=self.crosses) for branch in branches]
+            self._keys.append(torch.stack([teacher.projected for teacher in teachers]))
+            seen = [Seen(t.projected, t.dense) for t in teachers if t.dense is not None]
+        for i, branch in enumerate(branches):
+            others = [j for j in range(len(branches)) if j != i and self.crosses]
+            student: ContrastiveOutput = branch.forward_student(crops, others=[seen[j] for j in others])
+            keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
+            yield self._branch_loss(branch, student, teachers[i].projected.flip(0), keys)
+
+    def _branch_loss(
+        self, branch: Branch, student: ContrastiveOutput, own_keys: Tensor, cross_keys: dict[str, Tensor]
+    ) -> BranchLoss:
+        """The self term, and the mean over the other branches of the cross terms; each a mean over views and images."""
+        queries = student.projected.flatten(0, 1)
+        positives = own_keys.flatten(0, 1)
+        rows, hardest = self._against_bank(queries, positives, branch.name)
+        total = rows.mean()
+        terms = {"self": total.detach()}
+        if cross_keys:
+            losses = [self._against_bank(queries, k.flatten(0, 1), name)[0].mean() for name, k in cross_keys.items()]
+            cross = torch.stack(losses).mean()
+            terms["cross"] = cross.detach()
+            total = total + self.config.cross_weight * branch.config.weight * cross
+        pooled, similarity = student.pooled.detach(), (queries.detach() * positives).sum(dim=-1)
+        age = self.banks[branch.name].age(self.keys_per_step)
+
+        def monitors() -> dict[str, Tensor]:
+            return {
+                "bank_age": torch.full_like(similarity[0], age),
+                "positive_similarity": similarity.mean(),
+                "hardest_negative_similarity": hardest.mean(),
+                **feature_monitors(pooled),
+            }
+
+        return BranchLoss(total, terms, monitors)
+
+    def _against_bank(self, queries: Tensor, positives: Tensor, bank: str) -> tuple[Tensor, Tensor]:
+        return info_nce(queries, positives, self.banks[bank].keys, self.config.temperature)
+
+    def commit(self) -> None:
+        """Puts this step's teacher keys into the banks; not before, or a query would meet its positive as negative."""
+        assert self._keys, "commit follows losses"
+        keys_of_step = torch.cat(self._keys, dim=2)  # micro-batches are contiguous parts of a rank's images
+        dtype = next(iter(self.banks.values())).keys.dtype
+        for bank, keys in zip(self.banks.values(), gather_keys(keys_of_step.to(dtype)), strict=True):
+            bank.push(keys)
+        self._keys.clear()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The banks, `bank/<branch>/{keys,written}`."""
+        return {
+            f"bank/{name}/{key}": tensor
+            for name, bank in self.banks.items()
+            for key, tensor in bank.state_tensors().items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores the banks."""
+        for name, bank in self.banks.items():
+            bank.load_state_tensors({key: tensors[f"bank/{name}/{key}"] for key in bank.state_tensors()})
+
+    def loss_bytes(self, images_per_rank: int) -> int:
+        """The banks, and a chunk of similarities with its exponentials, in fp32."""
+        keys = next(iter(self.banks.values())).keys
+        rows = self.views.count * images_per_rank
+        return len(self.banks) * keys.numel() * keys.element_size() + 2 * rows * min(CHUNK, keys.shape[0]) * 4

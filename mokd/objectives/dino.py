@@ -1,0 +1,198 @@
+"""MOKD's objective: self- and cross-distillation over prototypes, with the cross-attention feature search.
+
+Shape letters: V student views, Q teacher (global) views, L local views, B images per rank, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.config import ViewsConfig
+from mokd.config import BranchConfig, DinoConfig
+from mokd.distributed.process_group import world_size
+from mokd.distributed.side_stream import SideStream
+from mokd.losses.kernels.targets import Target, entropy
+from mokd.losses.prototype_loss import prototype_loss
+from mokd.losses.prototypes import HeadOutput
+from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
+from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.collapse_statistics import feature_monitors
+from mokd.objectives.dino_network import NetworkOutput, build_network
+from mokd.optim.schedules import teacher_temperature
+
+HEADS = ("mlp", "t_head")
+
+
+class DinoObjective:
+    """The four terms of the paper for any number of branches; one branch alone has the two self terms."""
+
+    def __init__(
+        self,
+        config: DinoConfig,
+        views: ViewsConfig,
+        names: Sequence[str],
+        device: torch.device,
+        *,
+        frozen_epochs: int = 0,
+        recompute_logits: bool | None = None,
+        overlap_teachers: bool = False,
+    ) -> None:
+        self.config = config
+        self.views = views
+        self.names = list(names)
+        self.frozen_epochs = frozen_epochs  # in which prototypes get no gradients
+        self.recompute_logits = recompute_logits
+        self._beside = SideStream(device, wanted=overlap_teachers)
+        # one centre per branch and head, shared by the self and the cross terms
+        self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
+        # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
+        self._seen: list[Tensor] = []
+        self._arriving: list[dist.Work] = []
+
+    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+        """Student and teacher of one branch."""
+        student = build_network(config, self.config, self.views, student=True, images_per_rank=images_per_rank)
+        teacher = build_network(config, self.config, self.views, student=False, images_per_rank=images_per_rank)
+        return Branch(config, student, teacher)
+
+    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
+        """One loss per branch for groups of views, the global group first.
+
+        A branch's forward pass is made when its loss is asked for: differentiated at once, it leaves no activations
+        behind before the next one's exist.
+        """
+        with self._beside.begin():
+            teachers = self._teachers(branches, views, epoch)
+        for i in range(len(branches)):
+            yield self._loss(i, branches, teachers, views, epoch)
+
+    def _loss(
+        self, i: int, branches: Sequence[Branch], teachers: _Teachers, views: Sequence[Tensor], epoch: int
+    ) -> BranchLoss:
+        """The loss of branch i, which learns from its own teacher and from all others."""
+        branch, on = branches[i], self.config.terms
+        own = self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)
+        cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
+        others = [j for j in range(len(branches)) if j != i]
+        student: NetworkOutput = branch.forward_student(list(views))
+        self._beside.join()
+        with torch.no_grad():
+            mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), float(on.self_mlp))}
+            if others and on.cross_mlp:
+                # with several others the mean of their targets is the target of the mean loss
+                probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
+                mlp["cross_mlp"] = Target(probabilities, branch.config.weight)
+        losses = [self._head_loss(student.mlp, mlp, epoch)]
+        with torch.no_grad():
+            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), float(on.self_thead))}
+            if others and on.cross_search:
+                first = self.views.global_crops.count
+                queries = student.queries[first:]
+                found = _mean([self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others])
+                t_head["cross_search"] = Target(found, branch.config.weight, paired=False, first_view=first)
+        losses.append(self._head_loss(student.t_head, t_head, epoch))
+        terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
+        pooled, center, targets = student.pooled.detach(), self.centers[i], mlp["self_mlp"].probabilities
+
+        def monitors() -> dict[str, Tensor]:
+            return {"teacher_entropy": entropy(targets), "center_norm": center.norm(), **feature_monitors(pooled)}
+
+        return BranchLoss(losses[0][0] + losses[1][0], terms, monitors)
+
+    def _head_loss(self, output: HeadOutput, targets: dict[str, Target], epoch: int) -> tuple[Tensor, Tensor]:
+        """The weighted sum of a head's terms, and the terms."""
+        return prototype_loss(
+            output,
+            list(targets.values()),
+            self.config.student_temp,
+            train_prototypes=epoch >= self.frozen_epochs,
+            recompute=self.recompute_logits,
+        )
+
+    @torch.no_grad()
+    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> _Teachers:
+        cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
+        shared = cross if len(branches) > 1 and self.config.terms.cross_mlp else set()
+        own = [{self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)} for branch in branches]
+        outputs = [branch.teacher(views[:1]) for branch in branches]
+        teachers = _Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
+        self._seen.append(teachers.means)
+        if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
+            self._arriving.append(dist.all_reduce(teachers.means, async_op=True))
+        return teachers
+
+    def _search(self, j: int, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
+        """What local queries `[L, B, d]` find in global view 1 of branch j's teacher: targets `[L, B, K]`."""
+        rows = other.teacher.search(teacher.tokens, queries)  # type: ignore[operator]
+        found = HeadOutput(rows, teacher.t_head.prototypes)
+        if self.config.center_search:
+            return teacher_probabilities(found.logits(), self.centers[j, 1], temperature, in_place=True)
+        return softmax(found.logits(temperature))
+
+    def _temperature(self, epoch: int, warmup_epochs: int) -> float:
+        return teacher_temperature(epoch, warmup_epochs, *self.config.teacher_temp)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Moves the centres towards the teacher outputs' mean over the global batch, one collective for all."""
+        assert self._seen, "commit follows losses"
+        for arriving in self._arriving:
+            arriving.wait()
+        seen = torch.stack(self._seen).mean(dim=0) / world_size()
+        self.centers.lerp_(seen.to(self.centers.dtype), 1.0 - self.config.center_momentum)
+        self._seen.clear()
+        self._arriving.clear()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The centres, `center/<branch>/<head>`."""
+        places = [(i, h) for i in range(len(self.names)) for h in range(len(HEADS))]
+        return {f"center/{self.names[i]}/{HEADS[h]}": self.centers[i, h] for i, h in places}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores the centres."""
+        for key, center in self.state_tensors().items():
+            center.copy_(tensors[key])
+
+    def loss_bytes(self, images_per_rank: int) -> int:
+        """What lies over all prototypes at a time, in fp32: of every teacher its targets, of the MLP head at two
+        temperatures; of one student head after another its logits, and what its queries have found.
+        """
+        teachers = len(self.names) * 3 * self.views.global_crops.count
+        student = self.views.count + self.views.local_crops.count
+        return (teachers + student) * images_per_rank * self.config.prototypes * 4
+
+
+class _Teachers:
+    """What all teachers say of a batch. A target that several terms share is computed once.
+
+    temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs
+    `[branches, heads, K]`.
+    """
+
+    def __init__(
+        self, outputs: Sequence[NetworkOutput], centers: Tensor, temperatures: Sequence[Sequence[set[float]]]
+    ) -> None:
+        self.outputs = outputs
+        self._known: dict[tuple[int, int, float], Tensor] = {}
+        means = []
+        for i, output in enumerate(outputs):
+            for h, head in enumerate((output.mlp, output.t_head)):
+                logits = head.logits()
+                means.append(logits.mean(dim=(0, 1)))
+                *others, last = sorted(temperatures[i][h])
+                for temperature in others:
+                    self._known[i, h, temperature] = teacher_probabilities(logits, centers[i, h], temperature)
+                self._known[i, h, last] = teacher_probabilities(logits, centers[i, h], last, in_place=True)
+        self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
+
+    def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:
+        """The centred targets `[Q, B, K]` of a branch's head."""
+        return self._known[branch, head, temperature]
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(dim=0)

@@ -1,0 +1,154 @@
+"""Parameter groups, their schedules, clipping and the freeze of the last layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mokd.config import BranchConfig, GroupConfig, OptimConfig
+from mokd.distributed.sharding import assemble, is_sharded, own_rows, piece, shard_group
+from mokd.objectives.dino_network import is_last_layer
+from mokd.optim.schedules import cosine, warmup_cosine
+
+
+class BranchOptimizer:
+    """One branch's optimiser with scheduled groups: `decay`, `no_decay` and, where configured, the T-Head's own."""
+
+    def __init__(self, student: nn.Module, branch: BranchConfig, optim: OptimConfig, lr_scale: float, epoch_steps: int):
+        self._optim = optim
+        self._lr_scale = lr_scale
+        self._epoch_steps = epoch_steps
+        self._steps = optim.epochs * epoch_steps
+        self._registered = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._shard_group = shard_group(self._registered.values())
+        # what is optimised: the parameters themselves, or this rank's pieces of them
+        self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
+        groups = list(_groups(self._named, branch))
+        config = branch.optimizer
+        # on CPUs the fused optimisers, which read and write everything once, are several times as fast as foreach
+        fused = all(p.device.type == "cpu" for _, p in self._named)
+        options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused" if fused else "foreach": True}
+        if config.kind == "sgd":
+            self.torch: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum, **options)
+        else:
+            self.torch = torch.optim.AdamW(groups, betas=config.betas, **options)
+
+    def take_gradients(self, step: int) -> list[Tensor]:
+        """This rank's pieces of the gradients that `step` will use, to be looked at or changed in place.
+
+        Those of frozen layers are dropped: a parameter without gradient gets no decay and no momentum either.
+        """
+        frozen = step < self._optim.freeze_last_layer_epochs * self._epoch_steps
+        for name, p in self._named:
+            gradient = self._registered[name].grad
+            p.grad = None if gradient is None or (frozen and is_last_layer(name)) else piece(gradient)
+        return [p.grad for _, p in self._named if p.grad is not None]
+
+    def step(self, step: int) -> float:
+        """Takes and clips the gradients, sets this step's rates, updates the parameters, drops the gradients.
+
+        Returns the learning rate of the branch's main groups.
+        """
+        self.take_gradients(step)
+        if self._optim.clip_grad_norm is not None:
+            self._clip(self._optim.clip_grad_norm)
+        rate = self.schedule(step)
+        self.torch.step()
+        self.drop_gradients()
+        return rate
+
+    def drop_gradients(self) -> None:
+        """Forgets all gradients."""
+        for name, p in self._named:
+            p.grad = self._registered[name].grad = None
+
+    def _clip(self, limit: float) -> None:
+        given = [(self._registered[name], p.grad) for name, p in self._named if p.grad is not None]
+        whole = [gradient for registered, gradient in given if not is_sharded(registered)]
+        pieces = [gradient for registered, gradient in given if is_sharded(registered)]
+        clip_each(whole, limit)
+        clip_each(pieces, limit, self._shard_group)
+
+    def schedule(self, step: int) -> float:
+        """Sets every group's learning rate and weight decay to those of `step`; returns the main groups' rate."""
+        warmup = round(self._optim.warmup_epochs * self._epoch_steps)
+        for group in self.torch.param_groups:
+            config: GroupConfig = group["schedule"]
+            group["lr"] = warmup_cosine(step, self._steps, warmup, config.lr * self._lr_scale, config.min_lr)
+            group["weight_decay"] = cosine(step, self._steps, *config.decay_range) if group["decayed"] else 0.0
+        return float(self.torch.param_groups[0]["lr"])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state as `<parameter>/<entry>` tensors, by parameter name, not by position."""
+        tensors = {}
+        for name, p in self._named:
+            for entry, value in self.torch.state.get(p, {}).items():
+                if value is not None:
+                    value = value if isinstance(value, Tensor) else torch.tensor(value)
+                    tensors[f"{name}/{entry}"] = assemble(value, self._registered[name]) if value.ndim else value
+        return tensors
+
+    def load_state_tensors(self, keys: Iterable[str], read: Callable[[str, slice | None], Tensor]) -> None:
+        """Restores what `state_tensors` gave: `read(key, rows)` gives a saved tensor, or some rows of it."""
+        by_name = dict(self._named)
+        self.torch.state.clear()
+        for key in keys:
+            name, entry = key.rsplit("/", 1)
+            p = by_name[name]
+            value = read(key, own_rows(self._registered[name]))
+            # the step count of AdamW stays on the CPU, everything else lives beside its parameter, laid out alike
+            self.torch.state[p][entry] = value.clone() if value.ndim == 0 else torch.empty_like(p).copy_(value)
+
+
+def _groups(named: list[tuple[str, nn.Parameter]], branch: BranchConfig) -> Iterable[dict[str, Any]]:
+    t_head = branch.t_head_group
+    if t_head is None:
+        yield from _by_decay(named, branch.optimizer)
+    else:
+        own = [(name, p) for name, p in named if name.startswith("t_head.")]
+        rest = [(name, p) for name, p in named if not name.startswith("t_head.")]
+        yield from _by_decay(rest, branch.optimizer)
+        yield from _by_decay(own, t_head)
+
+
+def _by_decay(named: list[tuple[str, nn.Parameter]], schedule: GroupConfig) -> Iterable[dict[str, Any]]:
+    def plain(name: str, p: nn.Parameter) -> bool:
+        return not schedule.decay_all and (p.ndim <= 1 or name.endswith(".bias"))
+
+    # last layers have groups of their own: after the freeze they have no momentum yet when all others have, and the
+    # fused SGD takes either kind, not both at once
+    for last in (False, True):
+        for decayed in (True, False):
+            params = [p for name, p in named if plain(name, p) is not decayed and is_last_layer(name) is last]
+            if params:
+                yield {"params": params, "schedule": schedule, "decayed": decayed}
+
+
+def _optimised(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(piece(p)) if is_sharded(p) else p
+
+
+@torch.no_grad()
+def clip_each(gradients: list[Tensor], limit: float, group: dist.ProcessGroup | None = None) -> None:
+    """Scales every gradient whose own norm exceeds `limit` down to it, without reading a norm on the host.
+
+    With a `group`, the tensors are this rank's pieces of gradients that its ranks hold together; their squared norms
+    are summed up in one collective.
+    """
+    if not gradients:
+        return
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if group is not None:
+        squares = norms.square()
+        dist.all_reduce(squares, group=group)
+        norms = squares.sqrt()
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0).unbind()
+    pairs = list(zip(gradients, factors, strict=True))
+    if norms.device.type == "cpu":  # where nothing has to wait for a number, most gradients can be left alone
+        pairs = [(gradient, factor) for gradient, factor in pairs if factor < 1.0]
+    if pairs:
+        torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))

@@ -1,0 +1,1 @@
+"""Parallelism, recomputation and compilation, applied to a branch from outside."""

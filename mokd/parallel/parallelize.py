@@ -1,0 +1,188 @@
+"""Parallelism, applied to a branch from outside, in one place."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from inspect import signature
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from mokd.config import ParallelConfig, PrecisionConfig
+from mokd.distributed.sharding import fill_whole
+from mokd.losses.prototypes import Prototypes
+from mokd.models.backbones import Backbone
+from mokd.models.sync_batchnorm import synchronize_batchnorm
+from mokd.models.trainable import TrainableNetwork
+from mokd.objectives.branch import Branch
+from mokd.optim.loss_scale import LossScale
+from mokd.optim.precision import half_dtype
+from mokd.parallel.activation_checkpointing import recompute_blocks
+
+# torch 2.15 has renamed the option
+_BUFFER_OPTION = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
+
+
+def parallelize(
+    branch: Branch,
+    config: ParallelConfig,
+    precision: PrecisionConfig,
+    device: torch.device,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """Prepares a branch for this rank: precision, device, SyncBN, averaging of gradients. The order matters."""
+    # innermost, so that everything below acts on the blocks from outside
+    if branch.config.activation_checkpointing:
+        recompute_blocks(branch.student.backbone, f"branches.{branch.name}")
+    branch.loss_scale = LossScale() if precision.compute == "fp16" else None
+    if precision.channels_last:
+        _use_channels_last(branch, weights_too=config.strategy == "ddp")
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        branch.student.to(device)
+        branch.teacher.to(device)
+        return
+    # BatchNorm over the global batch, in the teacher too: it runs in training mode. Its buffers stay whole and equal
+    # on every rank, whatever the strategy
+    synchronize_batchnorm(branch.student, device)
+    synchronize_batchnorm(branch.teacher, device)
+    if config.strategy == "fsdp":
+        _shard(branch, config, precision, device)
+    else:
+        _replicate(branch, device, accumulate)
+
+
+def _use_channels_last(branch: Branch, *, weights_too: bool) -> None:
+    """Convolutional backbones in NHWC order, which is that of GPUs' tensor cores and of CPUs' vectors.
+
+    FSDP cannot split such weights.
+    """
+    for network in (branch.student, branch.teacher):
+        backbone = network.backbone
+        backbone.channels_last = not backbone.is_sequence
+        if backbone.channels_last and weights_too:
+            backbone.to(memory_format=torch.channels_last)
+
+
+def _replicate(branch: Branch, device: torch.device, accumulate: bool) -> None:
+    """DDP: everything on every rank, gradients averaged in buckets during the backward pass."""
+    # the device, before anything takes references to parameters
+    branch.student.to(device)
+    branch.teacher.to(device)
+    on_gpu = device.type == "cuda"
+    # SyncBN keeps the buffers equal, so they need no broadcast
+    buffers: dict[str, Any] = {_BUFFER_OPTION: False}
+    student = DistributedDataParallel(
+        branch.student,
+        device_ids=[device] if on_gpu else None,
+        **buffers,
+        gradient_as_bucket_view=True,
+        # a static graph is learnt from the first backward pass, which would be one without averaging
+        static_graph=on_gpu and not accumulate,
+        # On CPUs: without it DDP regroups its buckets after the first step, which changes the order of summation. A
+        # resumed run, whose first step is another one, would no longer be bit-identical.
+        find_unused_parameters=not on_gpu,
+    )
+    branch.forward_student, branch.accumulating = student, student.no_sync
+
+
+def _shard(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, device: torch.device) -> None:
+    """FSDP2: student and teacher sharded alike, so that the teacher's average needs no communication."""
+    # a network's outputs are views of its head's rows; nobody changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = shard_mesh(config, device)
+    # evaluations run ranks at their own pace, which a sharded network cannot: they get the weights in one piece
+    with torch.no_grad():
+        skeleton = copy.deepcopy(branch.teacher.backbone).to("meta")
+    branch.whole_teacher_backbone = partial(_whole_backbone, skeleton, branch.teacher.backbone, device)
+    # what the root gathers is needed at once when the backward pass begins; a teacher has none
+    _shard_network(branch.student, mesh, precision, device, reshard=config.reshard_after_forward, root_reshard=False)
+    _shard_network(branch.teacher, mesh, precision, device, reshard=True, root_reshard=True)
+    # hooks of FSDP run on `forward` alone
+    if hasattr(branch.teacher, "search"):
+        register_fsdp_forward_method(branch.teacher, "search")
+    replicated = [p for p in branch.student.parameters() if p.ndim <= 1 and p.requires_grad]
+    branch.accumulating = partial(_without_averaging, branch.student)
+    branch.finish_gradients = partial(average_gradients, replicated)
+
+
+def shard_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
+    """All ranks in one group, or in groups of `shard_group_size` that hold copies of each other (hybrid sharding)."""
+    world = dist.get_world_size()
+    size = config.shard_group_size or world
+    if size == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard_network(
+    network: TrainableNetwork,
+    mesh: DeviceMesh,
+    precision: PrecisionConfig,
+    device: torch.device,
+    *,
+    reshard: bool,
+    root_reshard: bool,
+) -> None:
+    """Groups from the inside out: each unit of the network, then the rest as the root."""
+    # One-dimensional parameters (biases, normalisations, layer scales) stay whole and in fp32 on every rank: they are
+    # small, and a normalisation with parameters in half precision would be another function than under DDP.
+    whole = {p for p in network.parameters() if p.ndim <= 1}
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    shard = partial(fully_shard, mesh=mesh, ignored_params=whole)
+    # gathered as the arithmetic uses them, which halves the traffic; summed up in fp32
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    dtype = half_dtype(precision)
+    compute = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else exact
+    units = network.units()
+    for block in units.half:
+        shard(block, mp_policy=compute, reshard_after_forward=reshard)
+    for head in units.exact:
+        if isinstance(head, Prototypes):
+            head.lends_storage = False
+        shard(head, mp_policy=exact, reshard_after_forward=reshard)
+    shard(network, mp_policy=exact, reshard_after_forward=root_reshard)
+
+
+def _whole_backbone(skeleton: Backbone, sharded: Backbone, device: torch.device) -> Backbone:
+    backbone: Backbone = copy.deepcopy(skeleton).to_empty(device=device)
+    fill_whole(backbone, sharded)
+    return backbone
+
+
+@contextmanager
+def _without_averaging(student: nn.Module) -> Generator[None]:
+    """Gradients add up on every rank; the next backward pass outside reduces the sum."""
+    root = cast(FSDPModule, student)
+    root.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        root.set_requires_gradient_sync(True)
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean over all ranks of the gradients of parameters that are not sharded, in one collective."""
+    gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

@@ -1,0 +1,139 @@
+"""The directory of a run: where everything lies, which attempt may write, and what state the run is in."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.core import schema
+from data_pipeline.core.errors import UserError
+from mokd.config import RunConfig, load_config
+from mokd.runs.files import read_json, replace_json, replace_text
+
+State = Literal["starting", "running", "stopped", "done", "failed"]
+
+# what a process of a run exits with
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 75
+
+
+class StaleAttemptError(RuntimeError):
+    """A newer attempt at the same run has started; this one must write nothing more."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and marks of one run. Nothing here needs torch, so status commands stay quick."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions, commit and command of the newest attempt."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per logged step or evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tb"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints, `step-<n>`, and `latest`, which names the newest."""
+        return self.path / "checkpoints"
+
+    @property
+    def jobs(self) -> Path:
+        """The scheduler's files."""
+        return self.path / "jobs"
+
+    @property
+    def evaluations(self) -> Path:
+        """Results of `mokd eval`."""
+        return self.path / "eval"
+
+    @property
+    def _attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunDirectory:
+        """A new, private run directory holding `config`; UserError when it exists already or cannot be written."""
+        run = cls(path)
+        if run.config_file.exists():
+            raise UserError(f"{path}: this run exists already; continue it with --resume, or choose another name")
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            run.checkpoints.mkdir(exist_ok=True)
+            replace_text(run.config_file, schema.dump_yaml(config), durable=True)
+        except OSError as error:
+            raise UserError(f"{path}: the run directory cannot be written: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run directory; UserError when it is none."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(f"{path}: not a run directory (it has no config.yaml)")
+        return run
+
+    def config(self) -> RunConfig:
+        """The run's resolved configuration."""
+        return load_config(self.config_file)
+
+    def claim_attempt(self, facts: dict[str, Any] | None = None) -> int:
+        """Registers a new attempt at the run and returns its number, one more than the newest.
+
+        The highest number is the fence: whoever holds a lower one is a leftover and is refused.
+        """
+        self._attempts.mkdir(exist_ok=True)
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **(facts or {})}
+        while True:
+            number = self.current_attempt() + 1
+            target = self._attempts / f"{number:04d}.json"
+            beside = self._attempts / f".{number:04d}.{socket.gethostname()}.{os.getpid()}"
+            replace_json(beside, record)
+            try:
+                os.link(beside, target)  # fails when somebody else took the number; whole when it succeeds
+            except FileExistsError:
+                continue
+            finally:
+                beside.unlink(missing_ok=True)
+            return number
+
+    def current_attempt(self) -> int:
+        """The newest attempt's number, 0 before the first."""
+        try:
+            return max((int(p.stem) for p in self._attempts.glob("[0-9]*.json")), default=0)
+        except OSError:
+            return 0
+
+    def check_attempt(self, attempt: int) -> None:
+        """StaleAttemptError unless `attempt` is the newest."""
+        newest = self.current_attempt()
+        if newest != attempt:
+            raise StaleAttemptError(f"{self.path}: attempt {attempt} is a leftover, attempt {newest} has taken over")
+
+    def write_status(self, state: State, attempt: int, **facts: Any) -> None:
+        """Replaces `status.json`; refused to a leftover attempt."""
+        self.check_attempt(attempt)
+        record = {"state": state, "attempt": attempt, "time": time.time(), **facts}
+        replace_json(self.path / "status.json", record, durable=state in ("stopped", "done", "failed"))
+
+    def read_status(self) -> dict[str, Any]:
+        """The newest status, empty before the first."""
+        return read_json(self.path / "status.json") or {}

@@ -1,0 +1,116 @@
+"""The entry of every rank: `python -m mokd.training.entry RUN_DIRECTORY`, under torchrun, SLURM, submitit or alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.core.errors import UserError
+from mokd.distributed.local_ranks import leave_at_once
+from mokd.distributed.process_group import Ranks, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.stopping import StopRequest
+from mokd.runs import environment
+from mokd.runs.files import replace_json
+from mokd.runs.run_directory import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    RunDirectory,
+    StaleAttemptError,
+    State,
+)
+from mokd.training.preflight import check_shard_groups, images_per_rank
+from mokd.training.trainer import Outcome, Trainer
+
+log = logging.getLogger(__name__)
+
+# what a new state's mark keeps of the one before
+KEPT_FACTS = ("step", "total_steps", "checkpoint_step", "epoch")
+
+
+def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
+    """Trains the run in `directory` from its newest checkpoint on, in this rank. Leaves its state in `status.json`.
+
+    Every rank of the run calls it. `stop` is for a caller that has signal handlers of its own; without it this
+    process's stop signals are taken over.
+    """
+    if stop is None:
+        stop = StopRequest()
+        stop.install()
+    ranks = ranks_from_environment()
+    directory_ = RunDirectory.open(directory)
+    config = directory_.config()
+    images_per_rank(config, ranks.world_size)
+    check_shard_groups(config, ranks.world_size)
+    device = pick_device(ranks)
+    torch.set_num_threads(config.parallel.threads_per_rank or max(1, _cores() // ranks.local_size))
+    join(ranks, device, config.parallel.timeout_seconds)
+    attempt = _claim(directory_, ranks)
+    try:
+        _mark(directory_, ranks, attempt, "starting")
+        outcome = Trainer(directory_, config, ranks, device, stop, attempt).fit()
+        _mark(directory_, ranks, attempt, outcome.state, step=outcome.step, reason=outcome.reason)
+        return outcome
+    except StaleAttemptError:
+        raise
+    except Exception as error:
+        # whichever rank fails says why; the others only see the connection close
+        if ranks.is_main or not isinstance(error, dist.DistError):
+            directory_.write_status("failed", attempt, reason=f"{type(error).__name__}: {error}", rank=ranks.rank)
+        raise
+    finally:
+        leave()
+
+
+def _claim(directory: RunDirectory, ranks: Ranks) -> int:
+    """The attempt's number: the launcher's, which took it before any rank started, or a new one, told to all."""
+    number = [int(os.environ.get("MOKD_ATTEMPT", "0"))]
+    if ranks.is_main:
+        if not number[0]:
+            number = [directory.claim_attempt({"world_size": ranks.world_size})]
+        replace_json(directory.environment_file, environment.describe())
+    if dist.is_initialized():
+        dist.broadcast_object_list(number)
+    return number[0]
+
+
+def _mark(directory: RunDirectory, ranks: Ranks, attempt: int, state: State, **facts: Any) -> None:
+    if ranks.is_main:
+        kept = {k: v for k, v in directory.read_status().items() if k in KEPT_FACTS}
+        directory.write_status(state, attempt, **{**kept, **facts})
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def main(arguments: list[str]) -> int:
+    """Trains and returns the exit status: 0 done, 75 stopped and resumable, 1 failed, 2 the user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    # one-pixel-wide strides of depthwise convolutions: DDP copies those few gradients, which costs nothing here
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    if len(arguments) != 1:
+        print("usage: python -m mokd.training.entry RUN_DIRECTORY", file=sys.stderr)
+        return EXIT_USER
+    try:
+        outcome = run(Path(arguments[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Exception as error:
+        log.exception("%s", error)
+        return EXIT_FAILED
+    return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    leave_at_once(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""From the loop to metrics, progress line and status; the loop itself stays short."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mokd.config import RunConfig
+from mokd.distributed.host_copy import HostCopy
+from mokd.distributed.process_group import Ranks, all_reduce_sum
+from mokd.evaluation.online import OnlineEvaluation
+from mokd.objectives.branch import Branch, BranchLoss
+from mokd.runs.metrics import MetricsWriter
+from mokd.runs.progress import TrainingProgress
+from mokd.runs.run_directory import RunDirectory
+
+STOPPING_SECONDS = 5.0
+
+
+class _Pending(NamedTuple):
+    """A logged step some of whose numbers are still on their way from the device."""
+
+    step: int
+    values: dict[str, float | int]
+    keys: list[str]
+    numbers: HostCopy
+
+
+class MetricLogger:
+    """Collects what a step shows; the first rank writes it every `logging.every_steps` steps.
+
+    On a GPU it is written when the next step is logged, or something is saved: the loop does not wait for numbers.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        total_steps: int,
+        step: int,
+    ) -> None:
+        self._run, self._attempt, self._config, self._ranks, self._device = run, attempt, config, ranks, device
+        self._checkpoint_step = step
+        self._step = step
+        self._total_steps = total_steps
+        self._restart_clock(step)
+        self._pending: _Pending | None = None
+        self._monitor = OnlineEvaluation(config, ranks, device)
+        if ranks.is_main:
+            self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
+            self._progress = TrainingProgress(total_steps, step)
+            if step:
+                self._progress.say(f"resumed at step {step} of {total_steps}")
+            self._status(epoch=0)
+
+    def waited(self, seconds: float) -> None:
+        """Adds time that the loop has spent waiting for data."""
+        self._waited += seconds
+
+    def stood_still(self, seconds: float) -> None:
+        """Adds time for which training has stood still for a save."""
+        self._saving += seconds
+
+    def step(
+        self, step: int, epoch: int, branches: Sequence[Branch], losses: Sequence[BranchLoss], rates: Sequence[float]
+    ) -> None:
+        """Takes notice of a finished step; writes it when due."""
+        self._step = step
+        if self._ranks.is_main:
+            self._write_probe(wait_seconds=0.0)
+        if step % self._config.logging.every_steps and step != self._total_steps:
+            return
+        self._write_pending()
+        losses_by_key = self._over_ranks(branches, losses)
+        if not self._ranks.is_main:
+            return
+        images = self._config.optim.global_batch
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        values: dict[str, float | int] = {
+            "step": step,
+            "epoch": epoch,
+            "images_seen": step * images,
+            "images_per_second": (step - self._since_step) * images / elapsed,
+            "data_wait_fraction": min(self._waited / elapsed, 1.0),
+            **{f"lr/{branch.name}": rate for branch, rate in zip(branches, rates, strict=True)},
+        }
+        if self._saving:
+            values["save_stall_seconds"] = round(self._saving, 6)
+        for branch in branches:
+            if branch.loss_scale is not None:
+                values[f"loss_scale/{branch.name}"] = branch.loss_scale.scale
+        on_device = {
+            f"{name}/{branch.name}": value
+            for branch, loss in zip(branches, losses, strict=True)
+            for name, value in loss.monitors().items()
+        }
+        on_device.update(losses_by_key)
+        numbers = HostCopy(torch.stack([value.double() for value in on_device.values()]))
+        self._pending = _Pending(step, values, list(on_device), numbers)
+        if numbers.ready() or step == self._total_steps:
+            self._write_pending()
+        self._restart_clock(step)
+
+    def _over_ranks(self, branches: Sequence[Branch], losses: Sequence[BranchLoss]) -> dict[str, torch.Tensor]:
+        """Losses as means over the global batch: what one rank sees depends on how many there are."""
+        parts = {
+            f"loss/{branch.name}/{term}": value.double()
+            for branch, loss in zip(branches, losses, strict=True)
+            for term, value in [("total", loss.total.detach()), *loss.terms.items()]
+        }
+        means = all_reduce_sum(torch.stack(list(parts.values()))) / self._ranks.world_size
+        return dict(zip(parts, means.unbind(), strict=True))
+
+    def _write_pending(self) -> None:
+        """Writes the newest logged step, when its numbers have come from the device."""
+        if self._pending is None:
+            return
+        step, values, keys, numbers = self._pending
+        self._pending = None
+        values |= dict(zip(keys, numbers.values().tolist(), strict=True))
+        self._metrics.write(values)
+        self._progress.update(step, values)
+        self._status(epoch=int(values["epoch"]), images_per_second=values["images_per_second"])
+
+    def evaluate(self, branches: Sequence[Branch], step: int) -> None:
+        """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part.
+
+        A linear probe on the same features goes on in a thread of the first rank and is written when it is there.
+        """
+        if self._config.evaluation.every_epochs is None:
+            return
+        if self._ranks.is_main:
+            self._write_pending()
+            self._write_probe(wait_seconds=None)
+        began = time.perf_counter()
+        accuracies = self._monitor.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
+        if self._ranks.is_main:
+            self._write_accuracies(step, "knn_top1", "k-NN", accuracies)
+        self._since += time.perf_counter() - began  # not part of the training speed
+
+    def _write_probe(self, *, wait_seconds: float | None) -> None:
+        """Writes the accuracies of the linear probe under way, when they are there within so long (None: any time)."""
+        if (result := self._monitor.probed(wait_seconds)) is not None:
+            self._write_accuracies(result.step, "linear_top1", "linear probe", result.top1)
+
+    def _write_accuracies(self, step: int, key: str, title: str, top1: Mapping[str, float]) -> None:
+        self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
+        shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
+        self._progress.say(f"step {step}  {title} top-1  {shown}")
+
+    def saved(self, step: int) -> None:
+        """Notes the newest published checkpoint; the saver calls it, once that is durable."""
+        self._checkpoint_step = step
+
+    def flush(self) -> None:
+        """Brings the metrics to the disk, ahead of a checkpoint that builds on them."""
+        self._write_pending()
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Closes files and the progress line."""
+        if self._ranks.is_main:
+            self._write_pending()
+            # a run that is asked to stop has little time
+            self._write_probe(wait_seconds=None if self._step == self._total_steps else STOPPING_SECONDS)
+            self._progress.close()
+            self._metrics.close()
+
+    def _restart_clock(self, step: int) -> None:
+        self._since, self._since_step, self._waited, self._saving = time.perf_counter(), step, 0.0, 0.0
+
+    def _status(self, **facts: float | int) -> None:
+        self._run.write_status(
+            "running",
+            self._attempt,
+            step=self._step,
+            total_steps=self._total_steps,
+            checkpoint_step=self._checkpoint_step,
+            world_size=self._ranks.world_size,
+            host=socket.gethostname(),
+            **facts,
+        )

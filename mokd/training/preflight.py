@@ -1,0 +1,68 @@
+"""What can be known to fail before anything starts."""
+
+from __future__ import annotations
+
+import sys
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.loaders.build import count_samples
+from mokd.config import RunConfig
+from mokd.evaluation.data import check_neighbours, open_pair
+
+
+def images_per_rank(config: RunConfig, world_size: int) -> int:
+    """Images per rank and step; UserError when the global batch cannot be dealt out evenly."""
+    batch = config.optim.global_batch
+    if batch % world_size:
+        near = [n for n in range(batch, 0, -1) if batch % n == 0 and n < world_size][:1]
+        raise UserError(
+            f"optim.global_batch: {batch} images cannot be dealt to {world_size} ranks evenly; "
+            f"use a multiple of {world_size}, or {near[0] if near else 1} ranks"
+        )
+    own, parts = batch // world_size, config.optim.accumulate
+    if own % parts:
+        raise UserError(f"optim.accumulate: {own} images per rank cannot be dealt into {parts} equal micro-batches")
+    return own
+
+
+def check_shard_groups(config: RunConfig, world_size: int) -> None:
+    """UserError when the ranks cannot be dealt into groups that share one copy of the state."""
+    size = config.parallel.shard_group_size
+    if size is not None and world_size % size:
+        raise UserError(f"parallel.shard_group_size: {world_size} ranks cannot be dealt into groups of {size}")
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """UserError, in one line, for a run that cannot work: batch, data, network and crop sizes."""
+    check_shard_groups(config, world_size)
+    per_rank = images_per_rank(config, world_size)
+    size = min(count_samples(config.data.train, config.data.backend), config.data.limit or sys.maxsize)
+    if size < config.optim.global_batch:
+        raise UserError(
+            f"optim.global_batch: {config.optim.global_batch} images per step, but {config.data.train} holds {size}"
+        )
+    config.objective.check_samples(size)
+    if per_rank // config.optim.accumulate < 2 and world_size == 1:
+        raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")
+    if config.evaluation.every_epochs:
+        train, _ = open_pair(config.evaluation, config.data.backend)
+        check_neighbours(config.evaluation.knn.k, train)
+    _check_networks(config)
+
+
+def _check_networks(config: RunConfig) -> None:
+    from mokd.models.backbones import (  # torch and timm are imported only after the cheap checks
+        build_backbone,
+        load_weights,
+        measure_shapes,
+    )
+
+    sizes = [group.size_px for group in config.views.groups]
+    if config.evaluation.every_epochs:
+        sizes.append(config.evaluation.crop_px)
+    for branch in config.branches:
+        global_px = config.views.global_crops.size_px
+        measure_shapes(branch, global_px, sizes)
+        if branch.init is not None:
+            backbone = build_backbone(branch, global_px, drop_path=0.0, images_per_rank=1)
+            load_weights(backbone, branch.init, f"branches.{branch.name}")

@@ -1,0 +1,161 @@
+"""One step of every branch: forward and backward passes over the micro-batches, agreement of the ranks, updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mokd.config import RunConfig
+from mokd.distributed.agreement import Agreement
+from mokd.distributed.process_group import Ranks
+from mokd.distributed.stopping import StopRequest
+from mokd.models.drop_path import micro_batch
+from mokd.objectives.base import Objective
+from mokd.objectives.branch import Branch, BranchLoss, mean_loss
+from mokd.optim.loss_scale import any_overflow
+from mokd.optim.precision import autocast
+from mokd.optim.schedules import cosine
+from mokd.parallel.compile import begin_step
+from mokd.runs.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term is NaN or infinite; the optimisers have not stepped."""
+
+
+class StepResult(NamedTuple):
+    """What a step shows: a loss and a learning rate per branch, and whether all ranks agree to stop after it."""
+
+    losses: list[BranchLoss]
+    rates: list[float]
+    stopping: bool
+
+
+def seed_branch(seed: int, step: int, branch: str) -> None:
+    """Seeds what torch draws for a branch in a step, on all ranks and for every micro-batch alike.
+
+    Each step and branch by itself: no random state is saved, and a branch draws the same alone as in company.
+    """
+    torch.manual_seed(derive_seed(seed, "step", step, branch))
+
+
+class TrainingStep:
+    """Trains branches on one batch after another; nothing is remembered from step to step but their state."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        branches: Sequence[Branch],
+        objective: Objective,
+        stop: StopRequest,
+        ranks: Ranks,
+        device: torch.device,
+        epoch_steps: int,
+    ) -> None:
+        self.config, self.branches, self.objective = config, branches, objective
+        self.stop, self.ranks, self.device = stop, ranks, device
+        self.epoch_steps = epoch_steps
+
+    def run(self, step: int, groups: Sequence[Tensor], epoch: int) -> StepResult:
+        """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`."""
+        begin_step(cuda_graphs=self.config.execution.cuda_graphs)
+        losses, agreement = self._gradients(step, groups, epoch)
+        stopping = self._heed(step, agreement)
+        rates = self._update(step)
+        self.objective.commit()
+        return StepResult(losses, rates, stopping)
+
+    def _gradients(self, step: int, groups: Sequence[Tensor], epoch: int) -> tuple[list[BranchLoss], Agreement]:
+        """Forward and backward passes over all micro-batches: the mean losses, and what the ranks agree on."""
+        parts = self.config.optim.accumulate
+        so_far: list[BranchLoss] | None = None
+        for index in range(parts):
+            last = index + 1 == parts
+            with ExitStack() as stack:
+                stack.enter_context(micro_batch(index, parts))
+                if not last:  # one mean over ranks a step
+                    for branch in self.branches:
+                        stack.enter_context(branch.accumulating())
+                views = [group.chunk(parts, dim=1)[index] for group in groups]
+                pending, losses = self.objective.losses(self.branches, views, epoch), list[BranchLoss]()
+                for number, branch in enumerate(self.branches, start=1):
+                    seed_branch(self.config.seed, step, branch.name)
+                    with autocast(self.config.precision, self.device):
+                        losses.append(next(pending))
+                    if number == len(self.branches):
+                        so_far = mean_loss(so_far, losses, parts)
+                        if last:
+                            # asked ahead of the last backward pass, whose work covers the answer's way to the host
+                            agreement = self._ask(so_far)
+                    scale = branch.loss_scale.scale if branch.loss_scale else 1.0
+                    # at once: the activations of one branch are gone before those of the next exist
+                    (losses[-1].total * (scale / parts)).backward()
+        assert so_far is not None
+        return so_far, agreement
+
+    def _update(self, step: int) -> list[float]:
+        """Optimiser and teacher of every branch; their learning rates. One with an overflow stands still."""
+        taken = []
+        for branch in self.branches:
+            assert branch.optimizer is not None
+            branch.finish_gradients()
+            taken.append(branch.optimizer.take_gradients(step))
+        overflowed = [False] * len(taken)
+        if self.config.precision.compute == "fp16":
+            overflowed = any_overflow(taken)
+            for branch, gradients in zip(self.branches, taken, strict=True):
+                assert branch.loss_scale is not None
+                torch._foreach_mul_(gradients, 1.0 / branch.loss_scale.scale)
+        steps = self.config.optim.epochs * self.epoch_steps
+        momentum = cosine(step, steps, *self.config.optim.teacher_momentum)
+        rates = []
+        for branch, overflow in zip(self.branches, overflowed, strict=True):
+            assert branch.optimizer is not None
+            if branch.loss_scale is not None:
+                branch.loss_scale.update(overflow)
+            if overflow:
+                self._skip(branch, step)
+                rates.append(branch.optimizer.schedule(step))
+                continue
+            rates.append(branch.optimizer.step(step))
+            branch.update_teacher(momentum)
+        return rates
+
+    def _skip(self, branch: Branch, step: int) -> None:
+        """Student, optimiser and teacher stay as they are: the average is over states that a student has reached."""
+        assert branch.optimizer is not None
+        assert branch.loss_scale is not None
+        branch.optimizer.drop_gradients()
+        if self.ranks.is_main:
+            log.warning(
+                "step %d: the gradients of %s overflow fp16; this step of it is skipped, its loss scale is %g now",
+                *(step + 1, branch.name, branch.loss_scale.scale),
+            )
+
+    def _ask(self, losses: Sequence[BranchLoss]) -> Agreement:
+        """Of all ranks: whether anybody was asked to stop, and whether every loss term is finite."""
+        terms = {
+            f"loss/{branch.name}/{term}": value
+            for branch, loss in zip(self.branches, losses, strict=True)
+            for term, value in [*loss.terms.items(), ("total", loss.total)]
+        }
+        return Agreement(terms, self.stop.reason is not None, self.device)
+
+    def _heed(self, step: int, agreement: Agreement) -> bool:
+        """Whether to stop after this step, the same on all ranks. NonFiniteLossError before the optimisers step."""
+        stopping, broken = agreement.answer()
+        if broken:
+            raise NonFiniteLossError(
+                f"step {step + 1}: {', '.join(broken)} not finite; stopped before the optimiser step. "
+                "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
+            )
+        if stopping:
+            self.stop.request("another rank was asked to stop")
+        return stopping

@@ -1,0 +1,167 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from data_pipeline.loaders.batch import ViewBatch
+from data_pipeline.loaders.build import build_loader
+from mokd.checkpointing import state, storage
+from mokd.checkpointing.async_writer import AsyncCheckpointer
+from mokd.config import RunConfig
+from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
+from mokd.distributed.stopping import StopRequest
+from mokd.objectives.base import build_objective
+from mokd.objectives.branch import Branch
+from mokd.optim.optimizer import BranchOptimizer
+from mokd.optim.precision import set_tf32
+from mokd.parallel.compile import compile_branch
+from mokd.parallel.parallelize import parallelize
+from mokd.runs.run_directory import RunDirectory
+from mokd.runs.seeds import derive_seed
+from mokd.training.metric_logger import MetricLogger
+from mokd.training.preflight import images_per_rank
+from mokd.training.step import TrainingStep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stretch of training ended, and after how many steps of the run."""
+
+    state: Literal["done", "stopped"]
+    step: int
+    reason: str
+
+
+class Trainer:
+    """Trains all branches of a run from its newest checkpoint to its end, or to a request to stop."""
+
+    def __init__(
+        self, run: RunDirectory, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopRequest, attempt: int
+    ) -> None:
+        self.run, self.config, self.ranks, self.device, self.stop = run, config, ranks, device, stop
+        self.attempt = attempt
+        set_tf32(config.precision)
+        self.loader = build_loader(
+            config.data,
+            config.views,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            global_batch=config.optim.global_batch,
+            device=device,
+        )
+        self.epoch_steps = self.loader.steps_per_epoch
+        self.total_steps = config.total_steps(self.epoch_steps)
+        self.objective = build_objective(config, device)
+        self.branches = [self._build_branch(i) for i in range(len(config.branches))]
+        self.training_step = TrainingStep(config, self.branches, self.objective, stop, ranks, device, self.epoch_steps)
+        self.identity = state.identity(config, self.loader.dataset_size)
+        self.step = self._resume()
+        self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step)
+        self.checkpointer = AsyncCheckpointer(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
+
+    def _build_branch(self, index: int) -> Branch:
+        branch_config = self.config.branches[index]
+        # seeded by name: a branch starts from the same weights in a pair and alone
+        torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
+        branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
+        if self.config.execution.compile:
+            compile_branch(branch, cuda_graphs=self.config.execution.cuda_graphs)
+        accumulate = self.config.optim.accumulate > 1
+        parallelize(branch, self.config.parallel, self.config.precision, self.device, accumulate=accumulate)
+        branch.optimizer = BranchOptimizer(
+            branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
+        )
+        return branch
+
+    def _resume(self) -> int:
+        """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
+        # one rank looks and verifies: the others take the same one, and read only what they need
+        found = broadcast_from_main(storage.newest(self.run) if self.ranks.is_main else None)
+        if found is None:
+            return 0
+        state.check_identity(found, self.identity)
+        state.restore(found, self.branches, self.objective)
+        return found.step
+
+    def fit(self) -> Outcome:
+        """Trains to the end or to the step at which all ranks agree to stop; saves there either way."""
+        with closing(self.loader), closing(self.report), closing(self.checkpointer):
+            if self.step == 0:
+                self.report.evaluate(self.branches, 0)
+            stopping = self.step >= self.total_steps
+            while not stopping:
+                epoch, start = divmod(self.step, self.epoch_steps)
+                with closing(self._batches(epoch, start)) as batches:
+                    for batch in batches:
+                        stopping = self._train_step(batch, epoch)
+                        at_epoch_end = self.step % self.epoch_steps == 0
+                        finished = self.step >= self.total_steps
+                        if finished or (at_epoch_end and self._evaluation_due(self.step // self.epoch_steps)):
+                            self.report.evaluate(self.branches, self.step)
+                        stopping = stopping or finished
+                        if stopping or self._save_due():
+                            self._save(last=stopping)
+                        self.checkpointer.check()
+                        if stopping:
+                            break
+            barrier()  # nobody leaves before the checkpoint of the last step is published
+        if self.step >= self.total_steps:
+            return Outcome("done", self.step, "all steps done")
+        return Outcome("stopped", self.step, self.stop.reason or "asked to stop")
+
+    def _batches(self, epoch: int, start: int) -> Generator[ViewBatch]:
+        """Batches of an epoch, with the time spent waiting for each reported."""
+        with closing(self.loader.epoch(epoch, start)) as batches:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                self.report.waited(time.perf_counter() - began)
+                if batch is None:
+                    return
+                yield batch
+
+    def _train_step(self, batch: ViewBatch, epoch: int) -> bool:
+        """One step of every branch; returns whether all ranks agree to stop after it."""
+        done = self.training_step.run(self.step, batch.views, epoch)
+        self.step += 1
+        self.report.step(self.step, epoch, self.branches, done.losses, done.rates)
+        return done.stopping
+
+    def _evaluation_due(self, epochs_done: int) -> bool:
+        every = self.config.evaluation.every_epochs
+        return every is not None and epochs_done % every == 0
+
+    def _save_due(self) -> bool:
+        return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
+
+    def _save(self, *, last: bool) -> None:
+        """Saves the current step; the first rank writes, the others at most give their pieces.
+
+        A full disk is no reason to stop training, but a run must not end without its last checkpoint.
+        """
+        began = time.perf_counter()
+        if self.ranks.is_main:
+            self.checkpointer.wait()  # one copy in host memory at a time
+        copying = time.perf_counter()
+        if self.ranks.is_main or state.is_sharded(self.branches):
+            snapshot = state.collect(self.branches, self.objective, main=self.ranks.is_main)
+        if not self.ranks.is_main:
+            return
+        facts = {
+            "identity": self.identity,
+            "epoch": self.step // self.epoch_steps,
+            "world_size": self.ranks.world_size,
+            "copy_seconds": round(time.perf_counter() - copying, 3),
+        }
+        self.checkpointer.save(self.step, snapshot, facts)
+        if last and not self.checkpointer.wait():
+            raise OSError(f"step {self.step}: the last checkpoint could not be saved")
+        self.report.stood_still(time.perf_counter() - began)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from launcher.preflight.memory import CONTEXT_BYTES, estimate_bytes
+from tests.support import RESNET, VIT, tiny_config
+
+# large enough for weights to matter beside a step's activations
+WIDE = {**VIT, "backbone": "vit_small_patch16_224", "backbone_options": {"depth": 12}}
+COMMON = {"optim__global_batch": 64, "views__global_crops__size_px": 64, "views__local_crops__size_px": 32}
+
+
+def estimate(world_size: int = 8, branch: dict = WIDE, **changes: object) -> int:
+    return estimate_bytes(tiny_config(branches=[branch, RESNET], **{**COMMON, **changes}), world_size) - CONTEXT_BYTES
+
+
+def test_sharding_divides_the_state_by_the_ranks_that_share_it() -> None:
+    whole = estimate()
+    by_group = {size: estimate(parallel={"strategy": "fsdp", "shard_group_size": size}) for size in (2, 4, 8)}
+    assert by_group[8] < by_group[4] < by_group[2] < whole
+    # each doubling of the group saves half of what is left of the divided part
+    assert (by_group[2] - by_group[4]) // 1000 == 2 * (by_group[4] - by_group[8]) // 1000
+    kept = estimate(parallel={"strategy": "fsdp", "reshard_after_forward": False})
+    assert by_group[8] < kept
+
+
+def test_micro_batches_and_recomputation_cost_less_activation_memory() -> None:
+    whole, halves = estimate(), estimate(optim__accumulate=4)
+    assert halves < whole
+    assert estimate(branch={**WIDE, "activation_checkpointing": True}) < whole
+    assert estimate(precision={"compute": "fp16"}) == estimate(precision={"compute": "bf16"}) < whole

@@ -1,0 +1,60 @@
+"""Evaluation while training is written for every evaluation and changes nothing about the training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mokd.distributed.local_ranks import supervise, train_locally
+from mokd.runs.metrics import read_metrics
+from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
+from tests.support import tiny_config
+
+STEPS = 10  # 5 steps an epoch
+
+
+def directory(path: Path, beton: Path, **changes: Any) -> RunDirectory:
+    data = {"evaluation__train": str(beton), "evaluation__test": str(beton.with_name("test.beton"))}
+    sizes = {"evaluation__resize_px": 36, "evaluation__crop_px": 32}
+    return RunDirectory.create(path, tiny_config(beton, optim__max_steps=STEPS, **data, **sizes, **changes))
+
+
+def state(run: RunDirectory) -> dict[str, torch.Tensor]:
+    folder = run.checkpoints / f"step-{STEPS}"
+    return {f"{file.name}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_is_the_same_with_evaluations_and_when_it_is_resumed(ranks: int, beton: Path, tmp_path: Path) -> None:
+    plain = directory(tmp_path / "plain", beton)
+    evaluated = directory(tmp_path / "evaluated", beton, evaluation__every_epochs=1)
+    cut = directory(tmp_path / "cut", beton, evaluation__every_epochs=1)
+    for run in (plain, evaluated):
+        assert train_locally(run.path, ranks) == EXIT_DONE
+    program = [sys.executable, "-m", "tests.programs.train_until", str(cut.path), "6"]
+    assert supervise(program, ranks) == EXIT_STOPPED
+    assert train_locally(cut.path, ranks) == EXIT_DONE
+    expected = state(plain)
+    for run in (evaluated, cut):
+        found = state(run)
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+        records = read_metrics(run.metrics_file)
+        for key in ("knn_top1", "linear_top1"):
+            for branch in ("resnet", "vit"):
+                curve = [(r["step"], r[f"eval/{branch}/{key}"]) for r in records if f"eval/{branch}/{key}" in r]
+                assert [step for step, _ in curve] == [0, 5, 10]
+                assert all(0.0 <= value <= 100.0 for _, value in curve)
+    assert not any("linear_top1" in key for record in read_metrics(plain.metrics_file) for key in record)
+
+
+def test_no_probe_is_an_option(beton: Path, tmp_path: Path) -> None:
+    run = directory(tmp_path / "run", beton, evaluation__every_epochs=2, evaluation__probe_images=0)
+    assert train_locally(run.path, 1) == EXIT_DONE
+    keys = set().union(*read_metrics(run.metrics_file))
+    assert {"eval/vit/knn_top1", "eval/resnet/knn_top1"} <= keys
+    assert not any("linear_top1" in key for key in keys)

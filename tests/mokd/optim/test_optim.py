@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mokd.objectives.base import build_objective
+from mokd.objectives.dino_network import is_last_layer
+from mokd.optim.optimizer import BranchOptimizer, clip_each
+from mokd.optim.schedules import cosine, warmup_cosine
+from tests.support import tiny_config
+
+STEPS = 5  # per epoch
+
+
+@pytest.fixture
+def parts() -> tuple:
+    config = tiny_config(optim__global_batch=64)
+    objective = build_objective(config, torch.device("cpu"))
+    branches = [objective.build_branch(branch, 4) for branch in config.branches]
+    for branch in branches:
+        branch.optimizer = BranchOptimizer(branch.student, branch.config, config.optim, config.lr_scale, STEPS)
+    return config, branches
+
+
+def test_every_trained_parameter_is_in_the_group_the_method_says(parts: tuple) -> None:
+    _, branches = parts
+    for branch in branches:
+        placed = {}
+        for group in branch.optimizer.torch.param_groups:
+            for p in group["params"]:
+                assert id(p) not in placed
+                placed[id(p)] = group
+        for name, p in branch.student.named_parameters():
+            if not p.requires_grad:
+                assert id(p) not in placed
+                continue
+            group = placed[id(p)]
+            own = branch.config.t_head_group is not None and name.startswith("t_head.")
+            assert group["schedule"] == (branch.config.t_head_group if own else branch.config.optimizer), name
+            plain = p.ndim == 1 or name.endswith(".bias")
+            assert group["decayed"] is (own or not plain), name
+
+
+def test_rates_scale_with_the_batch_and_the_last_does_not(parts: tuple) -> None:
+    _, branches = parts
+    optimizer = branches[0].optimizer
+    for step in (0, 3, 7, 15):
+        optimizer.schedule(step)
+        for group in optimizer.torch.param_groups:
+            schedule = group["schedule"]
+            peak = schedule.lr * 64 / 256
+            assert group["lr"] == pytest.approx(warmup_cosine(step, 3 * STEPS, STEPS, peak, schedule.min_lr))
+            decay = cosine(step, 3 * STEPS, *schedule.decay_range) if group["decayed"] else 0.0
+            assert group["weight_decay"] == pytest.approx(decay)
+
+
+def test_frozen_last_layers_get_no_decay_and_no_momentum(parts: tuple) -> None:
+    _, branches = parts
+    for branch in branches:
+        before = copy.deepcopy(branch.student.state_dict())
+        for step in (STEPS - 2, STEPS - 1, STEPS):
+            for p in branch.student.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            branch.optimizer.step(step)
+            frozen = step < STEPS  # the first epoch
+            for name, p in branch.student.named_parameters():
+                if is_last_layer(name) and p.requires_grad:
+                    assert torch.equal(p, before[name]) is frozen, (step, name)
+                    assert bool(branch.optimizer.torch.state.get(p)) is not frozen
+
+
+def test_each_gradient_is_clipped_to_its_own_norm() -> None:
+    gradients = [torch.full((4,), 5.0), torch.full((9,), 0.5), torch.tensor([30.0, 40.0])]
+    expected = [g * min(1.0, 3.0 / (float(g.norm()) + 1e-6)) for g in gradients]
+    clip_each(gradients, 3.0)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_state_is_saved_by_name_and_restored(parts: tuple) -> None:
+    config, branches = parts
+    for branch in branches:
+        generator = torch.Generator().manual_seed(1)
+        for step in range(6, 9):
+            for p in branch.student.parameters():
+                p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+            branch.optimizer.step(step)
+        saved = {key: value.clone() for key, value in branch.optimizer.state_tensors().items()}
+        other = BranchOptimizer(branch.student, branch.config, config.optim, config.lr_scale, STEPS)
+        other.load_state_tensors(saved, lambda key, rows, saved=saved: saved[key])
+        assert saved
+        restored = other.state_tensors()
+        assert restored.keys() == saved.keys()
+        assert all(torch.equal(restored[key], saved[key]) for key in saved)
