@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,11 +14,8 @@ from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
-from mokd.optim.optimizer import BranchOptimizer
 from mokd.optim.schedules import cosine
-from mokd.parallel.compile import compile_branch
-from mokd.parallel.parallelize import parallelize
-from mokd.runs.seeds import derive_seed
+from mokd.parallel.build import build_branch
 from mokd.training.preflight import images_per_rank
 from mokd.training.step import TrainingStep
 
@@ -34,17 +31,10 @@ class Pair:
         self.objective = build_objective(config, device)
         self.images = images_per_rank(config, world_size)
         self.epoch = FIRST_STEP // EPOCH_STEPS
-        self.branches = []
-        for branch_config in config.branches:
-            torch.manual_seed(derive_seed(config.seed, "initial weights", branch_config.name))
-            branch = self.objective.build_branch(branch_config, self.images)
-            if config.execution.compile:
-                compile_branch(branch, cuda_graphs=config.execution.cuda_graphs)
-            parallelize(branch, config.parallel, config.precision, device)
-            branch.optimizer = BranchOptimizer(
-                branch.student, branch_config, config.optim, config.lr_scale, EPOCH_STEPS
-            )
-            self.branches.append(branch)
+        self.branches = [
+            build_branch(config, b, self.objective, device, images_per_rank=self.images, epoch_steps=EPOCH_STEPS)
+            for b in config.branches
+        ]
         generator = torch.Generator().manual_seed(rank)
         shapes = [(g.count, self.images, 3, g.size_px, g.size_px) for g in config.views.groups]
         self.views = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
@@ -68,14 +58,14 @@ class OurStep:
         clock = clock or Clock(device, silent=True)
         for branch in pair.branches:
             teacher, optimizer = branch.teacher, branch.optimizer
-            assert optimizer is not None
             clock.time(branch, "forward_student", "student_forward")
             clock.time(teacher, "forward", "teacher_forward")
             clock.time(teacher, "search", "teacher_forward")
             clock.time(optimizer, "step", "optimizer")
             clock.time(branch, "update_teacher", "teacher_average")
         clock.time(pair.objective, "commit", "centers")
-        clock.time_each(pair.objective, "losses", "loss")
+        clock.time(pair.objective, "teach", "loss")
+        clock.time(pair.objective, "loss", "loss")
         clock.time(self.step, "run", "backward")  # what is left of a step
 
     def __call__(self, views: Sequence[Tensor], step: int) -> list[dict[str, Tensor]]:
@@ -95,17 +85,6 @@ class Clock:
     def time(self, owner: Any, method: str, name: str) -> None:
         """Has a method's time added to a phase."""
         setattr(owner, method, self.timed(name, getattr(owner, method)))
-
-    def time_each(self, owner: Any, method: str, name: str) -> None:
-        """The same for a method that yields: each item's making is timed."""
-        generate = getattr(owner, method)
-
-        def items(*args: Any) -> Iterator[Any]:
-            made = generate(*args)
-            while (item := self.timed(name, next)(made, None)) is not None:
-                yield item
-
-        setattr(owner, method, items)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with the time it takes added to a phase."""

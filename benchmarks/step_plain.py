@@ -60,7 +60,6 @@ class PlainStep:
             total.backward()
             read.append({"total": total.item(), **{name: value.item() for name, value in terms.items()}})
         for branch, optimizer in zip(branches, self.optimizers, strict=True):
-            assert branch.optimizer is not None
             _clip(branch.student, self.config.optim.clip_grad_norm)
             branch.optimizer.schedule(step)
             optimizer.step()
@@ -160,7 +159,6 @@ def _head(rows: Tensor, last_layer: Prototypes) -> Tensor:
 
 def _stock_optimizer(branch: Branch) -> torch.optim.Optimizer:
     """The same groups in an optimiser with its default settings."""
-    assert branch.optimizer is not None
     config, groups = branch.config.optimizer, branch.optimizer.torch.param_groups
     bare = [{"params": group["params"]} for group in groups]
     if config.kind == "sgd":

@@ -6,11 +6,12 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core import schema
-from mokd.config import RunConfig
+from mokd.config import BranchConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,3 +81,19 @@ def mokd(*arguments: str | Path, cwd: Path | None = None, **environment: str) ->
     return subprocess.run(
         command, cwd=cwd or ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False
     )
+
+
+def single_branch(objective: Any, config: RunConfig, branch: BranchConfig, images: int, epoch_steps: int = 5) -> Any:
+    """A branch of one process, with weights drawn from torch's state as it is."""
+    from mokd.objectives.branch import Branch, single_process
+    from mokd.optim.optimizer import BranchOptimizer
+
+    pair = objective.build_networks(branch, images)
+    optimizer = BranchOptimizer(pair.student, branch, config.optim, config.lr_scale, epoch_steps)
+    return Branch(branch, pair, single_process(pair), optimizer)
+
+
+def losses_of(objective: Any, branches: Sequence[Any], views: Sequence[Any], epoch: int) -> list[Any]:
+    """The loss of every branch on one batch of views."""
+    taught = objective.teach(branches, views, epoch)
+    return [objective.loss(i, branches, taught, views, epoch) for i in range(len(branches))]

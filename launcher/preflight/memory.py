@@ -32,7 +32,7 @@ def estimate_bytes(config: RunConfig, world_size: int) -> int:
         objective = build_objective(config, torch.device("meta"))
         for branch_config in config.branches:
             # evaluation mode: the random layers change nothing about the sizes
-            student = objective.build_branch(branch_config, images).student.eval()
+            student = objective.build_networks(branch_config, images).student.eval()
             parameters = sum(parameter.numel() for parameter in student.parameters())
             total += parameters * BYTES_PER_PARAMETER[branch_config.optimizer.kind] / holders
             if sharded:
@@ -48,17 +48,16 @@ def estimate_bytes(config: RunConfig, world_size: int) -> int:
 
 def _gathered_bytes(student: Any, element: int, config: RunConfig) -> float:
     """Whole weights and gradients on a rank at one time: the root's, and two blocks of those that are freed again."""
-    from mokd.models.blocks import repeated_blocks
 
-    def size(module: Any) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
+    def sizes(modules: Any) -> list[int]:
+        return [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
 
-    blocks = [size(block) for block in [*repeated_blocks(student.backbone), *student.t_head.blocks]]
-    last_layers = [size(head.last_layer) for head in (student.mlp_head, student.t_head)]
-    root = size(student) - sum(blocks) - sum(last_layers)
-    # prototypes are gathered in fp32, blocks in the type of the arithmetic
-    freed = 2 * max([*(block * element for block in blocks), *(layer * 4 for layer in last_layers)])
-    kept = sum(blocks) * element + sum(last_layers) * 4
+    units = student.units()
+    half, exact = sizes(units.half), sizes(units.exact)
+    root = sizes([student])[0] - sum(half) - sum(exact)
+    # what computes exactly is gathered in fp32, the rest in the type of the arithmetic
+    freed = 2 * max([*(unit * element for unit in half), *(unit * 4 for unit in exact)], default=0)
+    kept = sum(half) * element + sum(exact) * 4
     return 2.0 * (4 * root + (freed if config.parallel.reshard_after_forward else kept))
 
 

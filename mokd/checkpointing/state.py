@@ -21,7 +21,7 @@ OBJECTIVE_FILE = "objective"
 FIXED = ("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs")
 
 
-def collect(branches: Sequence[Branch], objective: Objective, *, main: bool) -> dict[str, dict[str, Tensor]]:
+def collect(branches: Sequence[Branch], objective: Objective[Any], *, main: bool) -> dict[str, dict[str, Tensor]]:
     """Everything that changes while training, copied to host memory, by file; nothing where not `main`.
 
     Sharded tensors are put together one by one, so that no rank ever holds more than one of them in the device's
@@ -36,11 +36,10 @@ def is_sharded(branches: Sequence[Branch]) -> bool:
     return any(sharding.is_sharded(p) for branch in branches for p in branch.student.parameters())
 
 
-def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objective) -> None:
+def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objective[Any]) -> None:
     """Puts a checkpoint's state into branches and objective; a rank reads only the rows that it holds."""
     objective.load_state_tensors(checkpoint.tensors(OBJECTIVE_FILE))
     for branch in branches:
-        assert branch.optimizer is not None
         with checkpoint.open(branch_file(branch.name)) as saved:
             _fill(branch.student, saved.below("student."))
             _fill(branch.teacher, saved.below("teacher."))
@@ -132,7 +131,6 @@ def _short(value: Any) -> Any:
 
 
 def _branch_tensors(branch: Branch) -> dict[str, Tensor]:
-    assert branch.optimizer is not None
     parts = {
         "student": branch.student.state_dict(),
         "teacher": branch.teacher.state_dict(),

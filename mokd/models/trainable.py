@@ -1,4 +1,4 @@
-"""What parallelism has to know of a branch's network, whatever the objective."""
+"""What parallelism and optimisation have to know of a branch's network, whatever the objective."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ class TrainableNetwork(nn.Module, ABC):
     @abstractmethod
     def units(self) -> Units:
         """The units of sharding, the inner ones; what is left over is sharded with the whole."""
+
+    def is_last_layer(self, parameter: str) -> bool:
+        """Whether a parameter, by its name, is of the layers that `optim.freeze_last_layer_epochs` freezes."""
+        return False
+
+    def in_t_head(self, parameter: str) -> bool:
+        """Whether a parameter, by its name, follows the branch's `t_head_group` where there is one."""
+        return False

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, assert_never
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, assert_never
 
 import torch
 from torch import Tensor
 
 from mokd.config import BranchConfig, ContrastiveConfig, DinoConfig, RunConfig
-from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.branch import Branch, BranchLoss, NetworkPair
 from mokd.objectives.contrastive import ContrastiveObjective
 from mokd.objectives.dino import DinoObjective
 
+Taught = TypeVar("Taught")
 
-class Objective(Protocol):
+
+class Objective(Protocol[Taught]):
     """A training objective over a list of branches. Its state (centres, banks) is in `state_tensors`."""
 
-    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+    def build_networks(self, config: BranchConfig, images_per_rank: int) -> NetworkPair:
         """Student and teacher of one branch, with the heads that the objective needs."""
         ...
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
-        """One loss per branch on one batch of views, ready for `backward`, each computed when it is asked for.
+    def teach(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Taught:
+        """What all teachers say of one batch of groups of views, the global group first.
 
         Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
+        """
+        ...
+
+    def loss(
+        self, index: int, branches: Sequence[Branch], taught: Taught, views: Sequence[Tensor], epoch: int
+    ) -> BranchLoss:
+        """The loss of branch `index` on the batch that its teachers have seen, ready for `backward`.
+
+        Differentiated before the next branch's loss is asked for, it leaves no activations behind by then.
         """
         ...
 
@@ -47,7 +58,7 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(config: RunConfig, device: torch.device) -> Objective:
+def build_objective(config: RunConfig, device: torch.device) -> Objective[Any]:
     """The objective that `config.objective.kind` names."""
     names = [branch.name for branch in config.branches]
     match config.objective:

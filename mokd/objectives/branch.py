@@ -1,11 +1,11 @@
-"""A branch: a student, its teacher, and the student's optimiser."""
+"""A branch: a student, its teacher, how training calls them, and the student's optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,31 +44,52 @@ def mean_loss(so_far: list[BranchLoss] | None, losses: list[BranchLoss], parts: 
     return mean
 
 
-class Branch:
-    """One network under training.
+class NetworkPair:
+    """Student and teacher as bare modules, as they are saved. The teacher starts as a copy and gets no gradient."""
 
-    student, teacher: the bare modules, as saved. The rest is what the parallelism wraps or replaces: `forward_student`
-    is the student as training calls it, within `accumulating` backward passes leave out the mean over ranks,
-    `finish_gradients` completes it after the last one, and `whole_teacher_backbone` gives what evaluations run.
-    `loss_scale` is there with fp16.
+    def __init__(self, student: TrainableNetwork, teacher: TrainableNetwork) -> None:
+        self.student, self.teacher = student, teacher
+        teacher.load_state_dict(student.state_dict())
+        teacher.requires_grad_(False)
+        # in training mode the teacher's BatchNorm uses its own batches and keeps its own running statistics
+        student.train()
+        teacher.train()
+
+
+class ParallelCalls(NamedTuple):
+    """How a pair of networks is called where ranks share the work.
+
+    forward_student: the student as training calls it; within `accumulating`, backward passes leave out the mean over
+    ranks; `finish_gradients` completes it after the last one; `whole_teacher_backbone` gives what evaluations run.
     """
 
-    def __init__(self, config: BranchConfig, student: TrainableNetwork, teacher: TrainableNetwork) -> None:
-        self.config = config
-        self.name = config.name
-        self.student = student
-        self.teacher = teacher
-        self.teacher.load_state_dict(student.state_dict())
-        self.teacher.requires_grad_(False)
-        # in training mode the teacher's BatchNorm uses its own batches and keeps its own running statistics
-        self.student.train()
-        self.teacher.train()
-        self.forward_student: Callable[..., Any] = student
-        self.accumulating: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.finish_gradients: Callable[[], None] = lambda: None
-        self.whole_teacher_backbone: Callable[[], Backbone] = lambda: teacher.backbone
-        self.optimizer: BranchOptimizer | None = None
-        self.loss_scale: LossScale | None = None
+    forward_student: Callable[..., Any]
+    whole_teacher_backbone: Callable[[], Backbone]
+    accumulating: Callable[[], AbstractContextManager[None]] = nullcontext
+    finish_gradients: Callable[[], None] = lambda: None
+
+
+def single_process(pair: NetworkPair) -> ParallelCalls:
+    """The calls where there are no other ranks: the bare modules."""
+    return ParallelCalls(pair.student, lambda: pair.teacher.backbone)
+
+
+class Branch:
+    """One network under training. `loss_scale` is there with fp16; `calls` are those of `ParallelCalls`."""
+
+    def __init__(
+        self,
+        config: BranchConfig,
+        pair: NetworkPair,
+        calls: ParallelCalls,
+        optimizer: BranchOptimizer,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.config, self.name = config, config.name
+        self.student, self.teacher = pair.student, pair.teacher
+        self.forward_student, self.whole_teacher_backbone = calls.forward_student, calls.whole_teacher_backbone
+        self.accumulating, self.finish_gradients = calls.accumulating, calls.finish_gradients
+        self.optimizer, self.loss_scale = optimizer, loss_scale
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -5,7 +5,7 @@ Shape letters: V views (2), B images per rank, G images over all ranks, N tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from mokd.config import BranchConfig, ContrastiveConfig
 from mokd.losses.info_nce import CHUNK, info_nce
-from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.branch import Branch, BranchLoss, NetworkPair
 from mokd.objectives.collapse_statistics import feature_monitors
 from mokd.objectives.contrastive_network import ContrastiveOutput, Seen, build_contrastive_network
 from mokd.objectives.memory_bank import MemoryBank, gather_keys
@@ -50,7 +50,7 @@ class ContrastiveObjective:
         }
         self._keys: list[Tensor] = []  # of the micro-batches of this step
 
-    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+    def build_networks(self, config: BranchConfig, images_per_rank: int) -> NetworkPair:
         """Student and teacher of one branch."""
         student, teacher = (
             build_contrastive_network(
@@ -63,21 +63,26 @@ class ContrastiveObjective:
             )
             for is_student in (True, False)
         )
-        return Branch(config, student, teacher)
+        return NetworkPair(student, teacher)
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
-        """One loss per branch for the one group of views, `[V, B, 3, S, S]`."""
+    @torch.no_grad()
+    def teach(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[Seen]:
+        """What all teachers say of the one group of views, `[V, B, 3, S, S]`."""
         (crops,) = views
-        with torch.no_grad():
-            # training mode: BatchNorm uses the statistics of this batch, of all ranks where there are several
-            teachers: list[ContrastiveOutput] = [branch.teacher(crops, dense=self.crosses) for branch in branches]
-            self._keys.append(torch.stack([teacher.projected for teacher in teachers]))
-            seen = [Seen(t.projected, t.dense) for t in teachers if t.dense is not None]
-        for i, branch in enumerate(branches):
-            others = [j for j in range(len(branches)) if j != i and self.crosses]
-            student: ContrastiveOutput = branch.forward_student(crops, others=[seen[j] for j in others])
-            keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
-            yield self._branch_loss(branch, student, teachers[i].projected.flip(0), keys)
+        # training mode: BatchNorm uses the statistics of this batch, of all ranks where there are several
+        teachers: list[ContrastiveOutput] = [branch.teacher(crops, dense=self.crosses) for branch in branches]
+        self._keys.append(torch.stack([teacher.projected for teacher in teachers]))
+        return [Seen(teacher.projected, teacher.dense) for teacher in teachers]
+
+    def loss(
+        self, i: int, branches: Sequence[Branch], seen: list[Seen], views: Sequence[Tensor], epoch: int
+    ) -> BranchLoss:
+        """The loss of branch i, whose positives are its own teacher's keys and what it aligns of the others'."""
+        (crops,) = views
+        others = [j for j in range(len(branches)) if j != i and self.crosses]
+        student: ContrastiveOutput = branches[i].forward_student(crops, others=[seen[j] for j in others])
+        keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
+        return self._branch_loss(branches[i], student, seen[i].projected.flip(0), keys)
 
     def _branch_loss(
         self, branch: Branch, student: ContrastiveOutput, own_keys: Tensor, cross_keys: dict[str, Tensor]

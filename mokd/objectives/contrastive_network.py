@@ -22,10 +22,10 @@ from mokd.models.trainable import TrainableNetwork, Units
 
 
 class Seen(NamedTuple):
-    """What another branch's teacher says of views: unit vectors `projected` `[V, B, D]` and `dense` `[V, B, N, D]`."""
+    """What a teacher says of views: unit vectors `projected` `[V, B, D]` and, in company, `dense` `[V, B, N, D]`."""
 
     projected: Tensor
-    dense: Tensor
+    dense: Tensor | None
 
 
 class ContrastiveOutput(NamedTuple):
@@ -96,6 +96,7 @@ class ContrastiveNetwork(TrainableNetwork):
         aligned = []
         for other in others:
             assert self.matching is not None, "a branch alone has nobody to learn from"
+            assert other.dense is not None
             keys = self.matching(queries, other.dense.flip(0).flatten(0, 1), other.projected.flip(0).flatten(0, 1))
             aligned.append(keys.unflatten(0, by_view))
         return ContrastiveOutput(

@@ -5,7 +5,7 @@ Shape letters: V student views, Q teacher (global) views, L local views, B image
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from mokd.losses.kernels.targets import Target, entropy
 from mokd.losses.prototype_loss import prototype_loss
 from mokd.losses.prototypes import HeadOutput
 from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
-from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.branch import Branch, BranchLoss, NetworkPair
 from mokd.objectives.collapse_statistics import feature_monitors
 from mokd.objectives.dino_network import NetworkOutput, build_network
 from mokd.optim.schedules import teacher_temperature
@@ -53,25 +53,19 @@ class DinoObjective:
         self._seen: list[Tensor] = []
         self._arriving: list[dist.Work] = []
 
-    def build_branch(self, config: BranchConfig, images_per_rank: int) -> Branch:
+    def build_networks(self, config: BranchConfig, images_per_rank: int) -> NetworkPair:
         """Student and teacher of one branch."""
         student = build_network(config, self.config, self.views, student=True, images_per_rank=images_per_rank)
         teacher = build_network(config, self.config, self.views, student=False, images_per_rank=images_per_rank)
-        return Branch(config, student, teacher)
+        return NetworkPair(student, teacher)
 
-    def losses(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Iterator[BranchLoss]:
-        """One loss per branch for groups of views, the global group first.
-
-        A branch's forward pass is made when its loss is asked for: differentiated at once, it leaves no activations
-        behind before the next one's exist.
-        """
+    def teach(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Teachers:
+        """What all teachers say of the global views, the first group."""
         with self._beside.begin():
-            teachers = self._teachers(branches, views, epoch)
-        for i in range(len(branches)):
-            yield self._loss(i, branches, teachers, views, epoch)
+            return self._teachers(branches, views, epoch)
 
-    def _loss(
-        self, i: int, branches: Sequence[Branch], teachers: _Teachers, views: Sequence[Tensor], epoch: int
+    def loss(
+        self, i: int, branches: Sequence[Branch], teachers: Teachers, views: Sequence[Tensor], epoch: int
     ) -> BranchLoss:
         """The loss of branch i, which learns from its own teacher and from all others."""
         branch, on = branches[i], self.config.terms
@@ -114,12 +108,12 @@ class DinoObjective:
         )
 
     @torch.no_grad()
-    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> _Teachers:
+    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Teachers:
         cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
         shared = cross if len(branches) > 1 and self.config.terms.cross_mlp else set()
         own = [{self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)} for branch in branches]
         outputs = [branch.teacher(views[:1]) for branch in branches]
-        teachers = _Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
+        teachers = Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
         self._seen.append(teachers.means)
         if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
             self._arriving.append(dist.all_reduce(teachers.means, async_op=True))
@@ -166,7 +160,7 @@ class DinoObjective:
         return (teachers + student) * images_per_rank * self.config.prototypes * 4
 
 
-class _Teachers:
+class Teachers:
     """What all teachers say of a batch. A target that several terms share is computed once.
 
     temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs

@@ -74,6 +74,14 @@ class Network(TrainableNetwork):
         blocks = [*repeated_blocks(self.backbone), *self.t_head.blocks, self.mlp_head.mlp]
         return Units(blocks, exact=[self.mlp_head.last_layer, self.t_head.last_layer])
 
+    def is_last_layer(self, parameter: str) -> bool:
+        """Whether a parameter belongs to the prototypes of either head."""
+        return ".last_layer." in parameter
+
+    def in_t_head(self, parameter: str) -> bool:
+        """Whether a parameter belongs to the T-Head, its prototypes included."""
+        return parameter.startswith("t_head.")
+
     def search(self, tokens: Tensor, queries: Tensor) -> Tensor:
         """Rows `[V, B, d]` found by queries `[V, B, d]` of another branch in this network's tokens `[B, N, d]`.
 
@@ -94,8 +102,3 @@ def build_network(
         MlpHead(config.mlp_head, shapes.pooled_width, objective.prototypes),
         THead(objective.t_head, shapes, views.global_crops.size_px, objective.prototypes),
     )
-
-
-def is_last_layer(parameter_name: str) -> bool:
-    """Whether a parameter belongs to the prototypes of either head."""
-    return ".last_layer." in parameter_name

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from mokd.config import BranchConfig, GroupConfig, OptimConfig
 from mokd.distributed.sharding import assemble, is_sharded, own_rows, piece, shard_group
-from mokd.objectives.dino_network import is_last_layer
+from mokd.models.trainable import TrainableNetwork
 from mokd.optim.schedules import cosine, warmup_cosine
 
 
 class BranchOptimizer:
     """One branch's optimiser with scheduled groups: `decay`, `no_decay` and, where configured, the T-Head's own."""
 
-    def __init__(self, student: nn.Module, branch: BranchConfig, optim: OptimConfig, lr_scale: float, epoch_steps: int):
+    def __init__(
+        self, student: TrainableNetwork, branch: BranchConfig, optim: OptimConfig, lr_scale: float, epoch_steps: int
+    ) -> None:
+        self._is_last_layer = student.is_last_layer
         self._optim = optim
         self._lr_scale = lr_scale
         self._epoch_steps = epoch_steps
@@ -27,7 +30,7 @@ class BranchOptimizer:
         self._shard_group = shard_group(self._registered.values())
         # what is optimised: the parameters themselves, or this rank's pieces of them
         self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
-        groups = list(_groups(self._named, branch))
+        groups = list(_groups(self._named, branch, student))
         config = branch.optimizer
         # on CPUs the fused optimisers, which read and write everything once, are several times as fast as foreach
         fused = all(p.device.type == "cpu" for _, p in self._named)
@@ -45,15 +48,14 @@ class BranchOptimizer:
         frozen = step < self._optim.freeze_last_layer_epochs * self._epoch_steps
         for name, p in self._named:
             gradient = self._registered[name].grad
-            p.grad = None if gradient is None or (frozen and is_last_layer(name)) else piece(gradient)
+            p.grad = None if gradient is None or (frozen and self._is_last_layer(name)) else piece(gradient)
         return [p.grad for _, p in self._named if p.grad is not None]
 
     def step(self, step: int) -> float:
-        """Takes and clips the gradients, sets this step's rates, updates the parameters, drops the gradients.
+        """Clips the gradients taken, sets this step's rates, updates the parameters, drops the gradients.
 
-        Returns the learning rate of the branch's main groups.
+        `take_gradients` comes first. Returns the learning rate of the branch's main groups.
         """
-        self.take_gradients(step)
         if self._optim.clip_grad_norm is not None:
             self._clip(self._optim.clip_grad_norm)
         rate = self.schedule(step)
@@ -104,18 +106,19 @@ class BranchOptimizer:
             self.torch.state[p][entry] = value.clone() if value.ndim == 0 else torch.empty_like(p).copy_(value)
 
 
-def _groups(named: list[tuple[str, nn.Parameter]], branch: BranchConfig) -> Iterable[dict[str, Any]]:
+Named = list[tuple[str, nn.Parameter]]
+
+
+def _groups(named: Named, branch: BranchConfig, student: TrainableNetwork) -> Iterable[dict[str, Any]]:
     t_head = branch.t_head_group
     if t_head is None:
-        yield from _by_decay(named, branch.optimizer)
+        yield from _by_decay(named, branch.optimizer, student)
     else:
-        own = [(name, p) for name, p in named if name.startswith("t_head.")]
-        rest = [(name, p) for name, p in named if not name.startswith("t_head.")]
-        yield from _by_decay(rest, branch.optimizer)
-        yield from _by_decay(own, t_head)
+        yield from _by_decay([(n, p) for n, p in named if not student.in_t_head(n)], branch.optimizer, student)
+        yield from _by_decay([(n, p) for n, p in named if student.in_t_head(n)], t_head, student)
 
 
-def _by_decay(named: list[tuple[str, nn.Parameter]], schedule: GroupConfig) -> Iterable[dict[str, Any]]:
+def _by_decay(named: Named, schedule: GroupConfig, student: TrainableNetwork) -> Iterable[dict[str, Any]]:
     def plain(name: str, p: nn.Parameter) -> bool:
         return not schedule.decay_all and (p.ndim <= 1 or name.endswith(".bias"))
 
@@ -123,7 +126,7 @@ def _by_decay(named: list[tuple[str, nn.Parameter]], schedule: GroupConfig) -> I
     # fused SGD takes either kind, not both at once
     for last in (False, True):
         for decayed in (True, False):
-            params = [p for name, p in named if plain(name, p) is not decayed and is_last_layer(name) is last]
+            params = [p for name, p in named if plain(name, p) is not decayed and student.is_last_layer(name) is last]
             if params:
                 yield {"params": params, "schedule": schedule, "decayed": decayed}
 

@@ -1,4 +1,4 @@
-"""`torch.compile` of a branch, applied from outside."""
+"""`torch.compile` of networks, applied from outside."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from mokd.objectives.branch import Branch
+from mokd.objectives.branch import NetworkPair
 
 
-def compile_branch(branch: Branch, *, cuda_graphs: bool = False) -> None:
+def compile_networks(pair: NetworkPair, *, cuda_graphs: bool = False) -> None:
     """Compiles backbone and heads of student and teacher, in place, for the shapes they meet.
 
     cuda_graphs: each is recorded and replayed as a whole; every step then begins with `begin_step`.
@@ -21,7 +21,7 @@ def compile_branch(branch: Branch, *, cuda_graphs: bool = False) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mokd" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._inductor.config.fallback_random = True
-    for network in (branch.student, branch.teacher):
+    for network in (pair.student, pair.teacher):
         for part in network.children():
             part.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
 

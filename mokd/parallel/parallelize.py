@@ -23,10 +23,8 @@ from mokd.losses.prototypes import Prototypes
 from mokd.models.backbones import Backbone
 from mokd.models.sync_batchnorm import synchronize_batchnorm
 from mokd.models.trainable import TrainableNetwork
-from mokd.objectives.branch import Branch
-from mokd.optim.loss_scale import LossScale
+from mokd.objectives.branch import NetworkPair, ParallelCalls, single_process
 from mokd.optim.precision import half_dtype
-from mokd.parallel.activation_checkpointing import recompute_blocks
 
 # torch 2.15 has renamed the option
 _BUFFER_OPTION = next(
@@ -37,56 +35,51 @@ _BUFFER_OPTION = next(
 
 
 def parallelize(
-    branch: Branch,
+    pair: NetworkPair,
     config: ParallelConfig,
     precision: PrecisionConfig,
     device: torch.device,
     *,
     accumulate: bool = False,
-) -> None:
-    """Prepares a branch for this rank: precision, device, SyncBN, averaging of gradients. The order matters."""
-    # innermost, so that everything below acts on the blocks from outside
-    if branch.config.activation_checkpointing:
-        recompute_blocks(branch.student.backbone, f"branches.{branch.name}")
-    branch.loss_scale = LossScale() if precision.compute == "fp16" else None
+) -> ParallelCalls:
+    """Prepares networks, in place, for this rank: memory order, device, SyncBN, averaging of gradients."""
     if precision.channels_last:
-        _use_channels_last(branch, weights_too=config.strategy == "ddp")
+        _use_channels_last(pair, weights_too=config.strategy == "ddp")
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        branch.student.to(device)
-        branch.teacher.to(device)
-        return
+        pair.student.to(device)
+        pair.teacher.to(device)
+        return single_process(pair)
     # BatchNorm over the global batch, in the teacher too: it runs in training mode. Its buffers stay whole and equal
     # on every rank, whatever the strategy
-    synchronize_batchnorm(branch.student, device)
-    synchronize_batchnorm(branch.teacher, device)
+    synchronize_batchnorm(pair.student, device)
+    synchronize_batchnorm(pair.teacher, device)
     if config.strategy == "fsdp":
-        _shard(branch, config, precision, device)
-    else:
-        _replicate(branch, device, accumulate)
+        return _shard(pair, config, precision, device)
+    return _replicate(pair, device, accumulate)
 
 
-def _use_channels_last(branch: Branch, *, weights_too: bool) -> None:
+def _use_channels_last(pair: NetworkPair, *, weights_too: bool) -> None:
     """Convolutional backbones in NHWC order, which is that of GPUs' tensor cores and of CPUs' vectors.
 
     FSDP cannot split such weights.
     """
-    for network in (branch.student, branch.teacher):
+    for network in (pair.student, pair.teacher):
         backbone = network.backbone
         backbone.channels_last = not backbone.is_sequence
         if backbone.channels_last and weights_too:
             backbone.to(memory_format=torch.channels_last)
 
 
-def _replicate(branch: Branch, device: torch.device, accumulate: bool) -> None:
+def _replicate(pair: NetworkPair, device: torch.device, accumulate: bool) -> ParallelCalls:
     """DDP: everything on every rank, gradients averaged in buckets during the backward pass."""
     # the device, before anything takes references to parameters
-    branch.student.to(device)
-    branch.teacher.to(device)
+    pair.student.to(device)
+    pair.teacher.to(device)
     on_gpu = device.type == "cuda"
     # SyncBN keeps the buffers equal, so they need no broadcast
     buffers: dict[str, Any] = {_BUFFER_OPTION: False}
     student = DistributedDataParallel(
-        branch.student,
+        pair.student,
         device_ids=[device] if on_gpu else None,
         **buffers,
         gradient_as_bucket_view=True,
@@ -96,27 +89,32 @@ def _replicate(branch: Branch, device: torch.device, accumulate: bool) -> None:
         # resumed run, whose first step is another one, would no longer be bit-identical.
         find_unused_parameters=not on_gpu,
     )
-    branch.forward_student, branch.accumulating = student, student.no_sync
+    return ParallelCalls(student, lambda: pair.teacher.backbone, accumulating=student.no_sync)
 
 
-def _shard(branch: Branch, config: ParallelConfig, precision: PrecisionConfig, device: torch.device) -> None:
+def _shard(
+    pair: NetworkPair, config: ParallelConfig, precision: PrecisionConfig, device: torch.device
+) -> ParallelCalls:
     """FSDP2: student and teacher sharded alike, so that the teacher's average needs no communication."""
     # a network's outputs are views of its head's rows; nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = shard_mesh(config, device)
     # evaluations run ranks at their own pace, which a sharded network cannot: they get the weights in one piece
     with torch.no_grad():
-        skeleton = copy.deepcopy(branch.teacher.backbone).to("meta")
-    branch.whole_teacher_backbone = partial(_whole_backbone, skeleton, branch.teacher.backbone, device)
+        skeleton = copy.deepcopy(pair.teacher.backbone).to("meta")
     # what the root gathers is needed at once when the backward pass begins; a teacher has none
-    _shard_network(branch.student, mesh, precision, device, reshard=config.reshard_after_forward, root_reshard=False)
-    _shard_network(branch.teacher, mesh, precision, device, reshard=True, root_reshard=True)
+    _shard_network(pair.student, mesh, precision, device, reshard=config.reshard_after_forward, root_reshard=False)
+    _shard_network(pair.teacher, mesh, precision, device, reshard=True, root_reshard=True)
     # hooks of FSDP run on `forward` alone
-    if hasattr(branch.teacher, "search"):
-        register_fsdp_forward_method(branch.teacher, "search")
-    replicated = [p for p in branch.student.parameters() if p.ndim <= 1 and p.requires_grad]
-    branch.accumulating = partial(_without_averaging, branch.student)
-    branch.finish_gradients = partial(average_gradients, replicated)
+    if hasattr(pair.teacher, "search"):
+        register_fsdp_forward_method(pair.teacher, "search")
+    replicated = [p for p in pair.student.parameters() if p.ndim <= 1 and p.requires_grad]
+    return ParallelCalls(
+        pair.student,
+        partial(_whole_backbone, skeleton, pair.teacher.backbone, device),
+        accumulating=partial(_without_averaging, pair.student),
+        finish_gradients=partial(average_gradients, replicated),
+    )
 
 
 def shard_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:

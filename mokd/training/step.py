@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class TrainingStep:
         self,
         config: RunConfig,
         branches: Sequence[Branch],
-        objective: Objective,
+        objective: Objective[Any],
         stop: StopRequest,
         ranks: Ranks,
         device: torch.device,
@@ -84,12 +84,14 @@ class TrainingStep:
                     for branch in self.branches:
                         stack.enter_context(branch.accumulating())
                 views = [group.chunk(parts, dim=1)[index] for group in groups]
-                pending, losses = self.objective.losses(self.branches, views, epoch), list[BranchLoss]()
-                for number, branch in enumerate(self.branches, start=1):
+                losses: list[BranchLoss] = []
+                with autocast(self.config.precision, self.device):
+                    taught = self.objective.teach(self.branches, views, epoch)
+                for i, branch in enumerate(self.branches):
                     seed_branch(self.config.seed, step, branch.name)
                     with autocast(self.config.precision, self.device):
-                        losses.append(next(pending))
-                    if number == len(self.branches):
+                        losses.append(self.objective.loss(i, self.branches, taught, views, epoch))
+                    if i + 1 == len(self.branches):
                         so_far = mean_loss(so_far, losses, parts)
                         if last:
                             # asked ahead of the last backward pass, whose work covers the answer's way to the host
@@ -104,7 +106,6 @@ class TrainingStep:
         """Optimiser and teacher of every branch; their learning rates. One with an overflow stands still."""
         taken = []
         for branch in self.branches:
-            assert branch.optimizer is not None
             branch.finish_gradients()
             taken.append(branch.optimizer.take_gradients(step))
         overflowed = [False] * len(taken)
@@ -117,7 +118,6 @@ class TrainingStep:
         momentum = cosine(step, steps, *self.config.optim.teacher_momentum)
         rates = []
         for branch, overflow in zip(self.branches, overflowed, strict=True):
-            assert branch.optimizer is not None
             if branch.loss_scale is not None:
                 branch.loss_scale.update(overflow)
             if overflow:
@@ -130,7 +130,6 @@ class TrainingStep:
 
     def _skip(self, branch: Branch, step: int) -> None:
         """Student, optimiser and teacher stay as they are: the average is over states that a student has reached."""
-        assert branch.optimizer is not None
         assert branch.loss_scale is not None
         branch.optimizer.drop_gradients()
         if self.ranks.is_main:

@@ -18,13 +18,9 @@ from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
-from mokd.objectives.branch import Branch
-from mokd.optim.optimizer import BranchOptimizer
 from mokd.optim.precision import set_tf32
-from mokd.parallel.compile import compile_branch
-from mokd.parallel.parallelize import parallelize
+from mokd.parallel.build import build_branch
 from mokd.runs.run_directory import RunDirectory
-from mokd.runs.seeds import derive_seed
 from mokd.training.metric_logger import MetricLogger
 from mokd.training.preflight import images_per_rank
 from mokd.training.step import TrainingStep
@@ -60,26 +56,16 @@ class Trainer:
         self.epoch_steps = self.loader.steps_per_epoch
         self.total_steps = config.total_steps(self.epoch_steps)
         self.objective = build_objective(config, device)
-        self.branches = [self._build_branch(i) for i in range(len(config.branches))]
+        images = images_per_rank(config, ranks.world_size)
+        self.branches = [
+            build_branch(config, b, self.objective, device, images_per_rank=images, epoch_steps=self.epoch_steps)
+            for b in config.branches
+        ]
         self.training_step = TrainingStep(config, self.branches, self.objective, stop, ranks, device, self.epoch_steps)
         self.identity = state.identity(config, self.loader.dataset_size)
         self.step = self._resume()
         self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step)
         self.checkpointer = AsyncCheckpointer(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
-
-    def _build_branch(self, index: int) -> Branch:
-        branch_config = self.config.branches[index]
-        # seeded by name: a branch starts from the same weights in a pair and alone
-        torch.manual_seed(derive_seed(self.config.seed, "initial weights", branch_config.name))
-        branch = self.objective.build_branch(branch_config, images_per_rank(self.config, self.ranks.world_size))
-        if self.config.execution.compile:
-            compile_branch(branch, cuda_graphs=self.config.execution.cuda_graphs)
-        accumulate = self.config.optim.accumulate > 1
-        parallelize(branch, self.config.parallel, self.config.precision, self.device, accumulate=accumulate)
-        branch.optimizer = BranchOptimizer(
-            branch.student, branch_config, self.config.optim, self.config.lr_scale, self.epoch_steps
-        )
-        return branch
 
     def _resume(self) -> int:
         """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""

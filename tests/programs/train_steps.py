@@ -18,8 +18,7 @@ from mokd.distributed.sharding import piece
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch
-from mokd.optim.optimizer import BranchOptimizer
-from mokd.parallel.parallelize import parallelize
+from mokd.parallel.build import build_branch
 from mokd.training.entry import leave_at_once
 from mokd.training.preflight import images_per_rank
 from mokd.training.step import TrainingStep
@@ -62,13 +61,11 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
     objective = build_objective(config, device)
     objective.load_state_tensors({key: t.to(torch.get_default_dtype()) for key, t in objective.state_tensors().items()})
     own = images_per_rank(config, ranks.world_size)
-    branches = []
-    for i, branch_config in enumerate(config.branches):
-        torch.manual_seed(i)
-        branch = objective.build_branch(branch_config, own)
-        parallelize(branch, config.parallel, config.precision, device, accumulate=config.optim.accumulate > 1)
-        branch.optimizer = BranchOptimizer(branch.student, branch_config, config.optim, 1.0, STEPS)
-        branches.append(branch)
+    branches = [
+        build_branch(config, branch, objective, device, images_per_rank=own, epoch_steps=STEPS)
+        for branch in config.branches
+    ]
+    for branch in branches:
         if branch.loss_scale is not None:
             branch.loss_scale.scale = 1.0  # networks so small have large gradients
     training = TrainingStep(config, branches, objective, StopRequest(), ranks, device, STEPS)

@@ -23,7 +23,7 @@ from mokd.objectives.contrastive_network import ContrastiveNetwork, FeatureMatch
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import EXIT_DONE, RunDirectory
 from mokd.training.preflight import check
-from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, losses_of, single_branch, tiny_config
 
 B, PX, K = 3, 64, 40  # 64 px: the ResNet has a map of 2 x 2, the ViT one of 8 x 8
 KEYS = 2 * B
@@ -40,7 +40,7 @@ def build(branches: Sequence[dict[str, Any]], **changes: Any) -> tuple[Contrasti
     torch.manual_seed(5)
     objective = build_objective(config, torch.device("cpu"))
     assert isinstance(objective, ContrastiveObjective)
-    built = [objective.build_branch(b, B) for b in config.branches]
+    built = [single_branch(objective, config, b, B) for b in config.branches]
     for branch in built:
         branch.student.double()
         branch.teacher.double()
@@ -56,7 +56,7 @@ def images(step: int) -> Tensor:
 
 
 def step(objective: ContrastiveObjective, branches: list[Branch], crops: Tensor) -> list[BranchLoss]:
-    losses = list(objective.losses(branches, [crops], 0))
+    losses = losses_of(objective, branches, [crops], 0)
     objective.commit()
     return losses
 
@@ -130,7 +130,7 @@ def literal(objective: ContrastiveObjective, branches: list[Branch], crops: Tens
 def test_every_term_and_gradient_equals_the_literal_loop(branches: list[dict[str, Any]]) -> None:
     objective, built, crops = build(branches)
     expected = literal(objective, built, crops)
-    losses = list(objective.losses(built, [crops], 0))
+    losses = losses_of(objective, built, [crops], 0)
     for branch, loss, terms in zip(built, losses, expected, strict=True):
         assert set(loss.terms) == set(terms) == ({"self"} if len(branches) == 1 else {"self", "cross"})
         for name, value in terms.items():
@@ -148,7 +148,7 @@ def test_every_term_and_gradient_equals_the_literal_loop(branches: list[dict[str
 def test_a_step_trains_its_own_student_with_extraction_and_alignment_and_nothing_else() -> None:
     objective, (resnet, vit), crops = build([RESNET, VIT])
     before = {name: bank.keys.clone() for name, bank in objective.banks.items()}
-    losses = list(objective.losses([resnet, vit], [crops], 0))
+    losses = losses_of(objective, [resnet, vit], [crops], 0)
     losses[0].total.backward()
     still = {name for name, p in resnet.student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert still == set()
@@ -163,9 +163,9 @@ def test_a_step_trains_its_own_student_with_extraction_and_alignment_and_nothing
 def test_only_the_cross_term_moves_extraction_and_alignment() -> None:
     objective, built, crops = build([RESNET, VIT])
     matching = built[0].student.matching
-    small = torch.autograd.grad(next(iter(objective.losses(built, [crops], 0))).total, matching.parameters())
+    small = torch.autograd.grad(losses_of(objective, built, [crops], 0)[0].total, matching.parameters())
     objective.config = objective.config.model_copy(update={"cross_weight": 0.03})
-    large = torch.autograd.grad(next(iter(objective.losses(built, [crops], 0))).total, matching.parameters())
+    large = torch.autograd.grad(losses_of(objective, built, [crops], 0)[0].total, matching.parameters())
     for a, b in zip(small, large, strict=True):
         torch.testing.assert_close(b, 3 * a, rtol=1e-9, atol=0)
 
@@ -177,9 +177,7 @@ def test_without_cross_terms_each_branch_is_trained_as_if_alone() -> None:
     for network, other in ((vit.student, built[1].student), (vit.teacher, built[1].teacher)):
         network.load_state_dict(other.state_dict())
     alone.banks["vit"].keys = objective.banks["vit"].keys
-    assert torch.equal(
-        list(objective.losses(built, [crops], 0))[1].total, next(iter(alone.losses([vit], [crops], 0))).total
-    )
+    assert torch.equal(losses_of(objective, built, [crops], 0)[1].total, losses_of(alone, [vit], [crops], 0)[0].total)
 
 
 def test_positives_are_never_among_the_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +219,7 @@ def test_the_bank_takes_the_teachers_keys_by_view_then_image() -> None:
 
 def test_keys_come_from_the_teacher_in_training_mode() -> None:
     objective, (resnet,), crops = build([RESNET])
-    list(objective.losses([resnet], [crops], 0))
+    losses_of(objective, [resnet], [crops], 0)
     assert len(objective._keys) == 1
     with torch.no_grad():
         keys = resnet.teacher(crops).projected
@@ -234,11 +232,11 @@ def test_keys_come_from_the_teacher_in_training_mode() -> None:
 def test_the_first_step_meets_random_keys_and_monitors_follow_the_bank() -> None:
     config = tiny_config(branches=[RESNET, VIT], optim__global_batch=4, **CONTRASTIVE)
     objective = build_objective(config, torch.device("cpu"))
-    branches = [objective.build_branch(b, 4) for b in config.branches]
+    branches = [single_branch(objective, config, b, 4) for b in config.branches]
     ages = []
     for n in range(7):
         crops = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(n))
-        losses = list(objective.losses(branches, [crops], 0))
+        losses = losses_of(objective, branches, [crops], 0)
         objective.commit()
         for loss in losses:
             assert torch.isfinite(loss.total)
@@ -252,7 +250,7 @@ def test_the_first_step_meets_random_keys_and_monitors_follow_the_bank() -> None
 
 def test_similarities_that_are_shown_are_those_of_the_loss() -> None:
     objective, built, crops = build([RESNET, VIT])
-    losses = list(objective.losses(built, [crops], 0))
+    losses = losses_of(objective, built, [crops], 0)
     for branch, loss in zip(built, losses, strict=True):
         positives, hardest = [], []
         with torch.no_grad():
@@ -289,10 +287,11 @@ def test_bf16_storage_changes_the_loss_by_rounding_only() -> None:
         )
         for storage in ("fp32", "bf16")
     )
-    branch = exact.build_branch(tiny_config(branches=[still]).branches[0], 4)
+    config = tiny_config(branches=[still])
+    branch = single_branch(exact, config, config.branches[0], 4)
     for n in range(3):
         crops = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(n))
-        a, b = (next(iter(objective.losses([branch], [crops], 0))).total for objective in (exact, rounded))
+        a, b = (losses_of(objective, [branch], [crops], 0)[0].total for objective in (exact, rounded))
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(b, a, rtol=0, atol=0.03)  # a bf16 unit vector is off by 1/512, over 0.07
         exact.commit()
@@ -337,10 +336,10 @@ def test_a_network_that_widens_its_pooled_feature_projects_the_mean_of_its_token
     wide = {**RESNET, "name": "wide", "backbone": "mobilenetv3_small_050", "backbone_options": {}}
     config = tiny_config(branches=[wide, VIT], optim__global_batch=4, **CONTRASTIVE)
     objective = build_objective(config, torch.device("cpu"))
-    branches = [objective.build_branch(b, 4) for b in config.branches]
+    branches = [single_branch(objective, config, b, 4) for b in config.branches]
     network = branches[0].student
     assert network.projects_mean
-    losses = list(objective.losses(branches, [torch.randn(2, 4, 3, 32, 32)], 0))
+    losses = losses_of(objective, branches, [torch.randn(2, 4, 3, 32, 32)], 0)
     assert all(torch.isfinite(loss.total) for loss in losses)
     other = Seen(torch.randn(2, 4, 16), torch.randn(2, 4, 16, 16))
     out = network.eval()(torch.ones(2, 4, 3, 32, 32), dense=True, others=[other])

@@ -16,7 +16,7 @@ from mokd.losses.prototypes import HeadOutput, Prototypes
 from mokd.objectives import dino
 from mokd.objectives.branch import Branch
 from mokd.objectives.dino import DinoObjective
-from tests.support import RESNET, THIRD, VIT, tiny_config
+from tests.support import RESNET, THIRD, VIT, losses_of, single_branch, tiny_config
 
 B, GLOBALS, LOCALS = 3, 2, 3
 
@@ -27,7 +27,7 @@ def build(
     config = tiny_config(branches=[{**b, "drop_path": 0.0} for b in branches], **changes)
     torch.manual_seed(5)
     objective = DinoObjective(config.objective, config.views, [b.name for b in config.branches], torch.device("cpu"))
-    built = [objective.build_branch(b, B) for b in config.branches]
+    built = [single_branch(objective, config, b, B) for b in config.branches]
     for branch in built:
         branch.student.double()
         branch.teacher.double()
@@ -124,7 +124,7 @@ def literal(
 def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int, center_search: bool) -> None:
     objective, built, views = build(branches, objective__center_search=center_search)
     expected = literal(objective, built, views, epoch)
-    losses = list(objective.losses(built, views, epoch))
+    losses = losses_of(objective, built, views, epoch)
     for branch, loss, terms in zip(built, losses, expected, strict=True):
         assert set(loss.terms) == set(terms)
         for name, value in terms.items():
@@ -144,7 +144,7 @@ def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int, ce
 
 def test_gradients_reach_the_own_student_and_nothing_else() -> None:
     objective, built, views = build([RESNET, VIT])
-    losses = list(objective.losses(built, views, 0))
+    losses = losses_of(objective, built, views, 0)
     losses[0].total.backward()
     own = {name for name, p in built[0].student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     frozen = {"mlp_head.last_layer.gain"}  # not trained for this branch, by its configuration
@@ -155,7 +155,7 @@ def test_gradients_reach_the_own_student_and_nothing_else() -> None:
 
 def test_cross_terms_carry_no_gradient_into_the_other_branch() -> None:
     objective, built, views = build([RESNET, VIT], objective__terms={"self_mlp": False, "self_thead": False})
-    losses = list(objective.losses(built, views, 0))
+    losses = losses_of(objective, built, views, 0)
     torch.autograd.backward([loss.total for loss in losses[1:]])
     assert all(p.grad is None for p in built[0].student.parameters())
     assert any(p.grad is not None for p in built[1].student.parameters())
@@ -166,7 +166,7 @@ def test_while_frozen_prototypes_get_no_gradients_and_all_else_the_same() -> Non
     for frozen_epochs in (0, 1):
         objective, built, views = build([RESNET, VIT])
         objective.frozen_epochs = frozen_epochs
-        next(objective.losses(built, views, 0)).total.backward()
+        losses_of(objective, built, views, 0)[0].total.backward()
         gradients.append({name: p.grad for name, p in built[0].student.named_parameters()})
     for name, gradient in gradients[1].items():
         expected = None if ".last_layer." in name else gradients[0][name]
@@ -180,7 +180,7 @@ def test_a_target_is_computed_once_for_self_and_cross_terms(monkeypatch: pytest.
         dino, "teacher_probabilities", lambda *given, **how: made.append(given[2]) or real(*given, **how)
     )
     objective, built, views = build([RESNET, VIT])
-    list(objective.losses(built, views, 40))  # all temperatures are the same by then
+    losses_of(objective, built, views, 40)  # all temperatures are the same by then
     assert len(made) == 4  # two heads of two branches
 
 
@@ -201,7 +201,7 @@ def test_queries_are_detached_and_mean_what_the_method_says() -> None:
 def test_centers_move_after_use_towards_the_global_mean() -> None:
     objective, built, views = build([RESNET, VIT])
     before = objective.centers.clone()
-    list(objective.losses(built, views, 0))
+    losses_of(objective, built, views, 0)
     assert torch.equal(objective.centers, before)
     with torch.no_grad():
         means = [built[i].teacher(views[:1]).mlp.logits().mean(dim=(0, 1)) for i in range(2)]
@@ -229,7 +229,7 @@ def test_every_combination_of_terms_trains_on_exactly_these(branches: list[dict]
         if not left:
             continue
         objective.config = DinoConfig.model_validate({**objective.config.model_dump(), "terms": on})
-        loss = list(objective.losses(built, views, 0))[-1]
+        loss = losses_of(objective, built, views, 0)[-1]
         torch.testing.assert_close(loss.total, sum(weights[n] * terms[n] for n in left), rtol=1e-6, atol=0)
         found = torch.autograd.grad(loss.total, parameters, allow_unused=True, materialize_grads=True)
         for i, gradient in enumerate(found):
@@ -257,7 +257,7 @@ def test_without_search_no_local_views_are_needed() -> None:
     objective, built, views = build(
         [RESNET, VIT], objective__terms={"cross_search": False}, views__local_crops__count=0
     )
-    losses = list(objective.losses(built, views[:1], 0))
+    losses = losses_of(objective, built, views[:1], 0)
     assert all(set(loss.terms) == {"self_mlp", "self_thead", "cross_mlp"} for loss in losses)
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from mokd.objectives.base import build_objective
-from mokd.objectives.dino_network import is_last_layer
 from mokd.optim.optimizer import BranchOptimizer, clip_each
 from mokd.optim.schedules import cosine, warmup_cosine
-from tests.support import tiny_config
+from tests.support import single_branch, tiny_config
 
 STEPS = 5  # per epoch
 
@@ -18,9 +17,7 @@ STEPS = 5  # per epoch
 def parts() -> tuple:
     config = tiny_config(optim__global_batch=64)
     objective = build_objective(config, torch.device("cpu"))
-    branches = [objective.build_branch(branch, 4) for branch in config.branches]
-    for branch in branches:
-        branch.optimizer = BranchOptimizer(branch.student, branch.config, config.optim, config.lr_scale, STEPS)
+    branches = [single_branch(objective, config, branch, 4, STEPS) for branch in config.branches]
     return config, branches
 
 
@@ -63,10 +60,11 @@ def test_frozen_last_layers_get_no_decay_and_no_momentum(parts: tuple) -> None:
         for step in (STEPS - 2, STEPS - 1, STEPS):
             for p in branch.student.parameters():
                 p.grad = torch.ones_like(p) if p.requires_grad else None
+            branch.optimizer.take_gradients(step)
             branch.optimizer.step(step)
             frozen = step < STEPS  # the first epoch
             for name, p in branch.student.named_parameters():
-                if is_last_layer(name) and p.requires_grad:
+                if branch.student.is_last_layer(name) and p.requires_grad:
                     assert torch.equal(p, before[name]) is frozen, (step, name)
                     assert bool(branch.optimizer.torch.state.get(p)) is not frozen
 
@@ -86,6 +84,7 @@ def test_state_is_saved_by_name_and_restored(parts: tuple) -> None:
         for step in range(6, 9):
             for p in branch.student.parameters():
                 p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+            branch.optimizer.take_gradients(step)
             branch.optimizer.step(step)
         saved = {key: value.clone() for key, value in branch.optimizer.state_tensors().items()}
         other = BranchOptimizer(branch.student, branch.config, config.optim, config.lr_scale, STEPS)

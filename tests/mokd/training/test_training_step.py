@@ -14,10 +14,9 @@ from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.optim.loss_scale import LossScale, any_overflow
-from mokd.optim.optimizer import BranchOptimizer
 from mokd.optim.precision import set_tf32
 from mokd.parallel.activation_checkpointing import recompute_blocks
-from mokd.parallel.parallelize import parallelize
+from mokd.parallel.build import build_branch
 from mokd.training.preflight import images_per_rank
 from mokd.training.step import TrainingStep
 from tests.support import RESNET, THIRD, VIT, tiny_config
@@ -33,15 +32,14 @@ CPU = torch.device("cpu")
 def training(**changes: object) -> TrainingStep:
     config: RunConfig = tiny_config(**{"optim__freeze_last_layer_epochs": 0, "optim__warmup_epochs": 0, **changes})
     objective = build_objective(config, CPU)
-    branches = []
-    for i, branch_config in enumerate(config.branches):
-        torch.manual_seed(i)
-        branch = objective.build_branch(branch_config, images_per_rank(config, 1))
-        parallelize(branch, config.parallel, config.precision, CPU)
-        branch.optimizer = BranchOptimizer(branch.student, branch_config, config.optim, 1.0, 5)
+    images = images_per_rank(config, 1)
+    branches = [
+        build_branch(config, branch, objective, CPU, images_per_rank=images, epoch_steps=5)
+        for branch in config.branches
+    ]
+    for branch in branches:
         if branch.loss_scale is not None:
             branch.loss_scale.scale = SCALE
-        branches.append(branch)
     return TrainingStep(config, branches, objective, StopRequest(), Ranks(), CPU, 5)
 
 
@@ -54,7 +52,6 @@ def parameters(step: TrainingStep, index: int) -> dict[str, torch.Tensor]:
     branch = step.branches[index]
     parts = {"student": branch.student, "teacher": branch.teacher}
     found = {f"{part}.{name}": p for part, network in parts.items() for name, p in network.named_parameters()}
-    assert branch.optimizer is not None
     return {name: t.detach().clone() for name, t in {**found, **branch.optimizer.state_tensors()}.items()}
 
 

@@ -1,0 +1,42 @@
+"""A branch, ready to be trained on this rank: networks, parallelism from outside, optimizer. The order matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mokd.config import BranchConfig, RunConfig
+from mokd.objectives.base import Objective
+from mokd.objectives.branch import Branch
+from mokd.optim.loss_scale import LossScale
+from mokd.optim.optimizer import BranchOptimizer
+from mokd.parallel.activation_checkpointing import recompute_blocks
+from mokd.parallel.compile import compile_networks
+from mokd.parallel.parallelize import parallelize
+from mokd.runs.seeds import derive_seed
+
+
+def build_branch(
+    config: RunConfig,
+    branch: BranchConfig,
+    objective: Objective[Any],
+    device: torch.device,
+    *,
+    images_per_rank: int,
+    epoch_steps: int,
+) -> Branch:
+    """The branch `branch` of a run; its first weights are a function of the run's seed and its name."""
+    # seeded by name: a branch starts from the same weights in a pair and alone
+    torch.manual_seed(derive_seed(config.seed, "initial weights", branch.name))
+    pair = objective.build_networks(branch, images_per_rank)
+    # innermost, so that everything below acts on the blocks from outside
+    if branch.activation_checkpointing:
+        recompute_blocks(pair.student.backbone, f"branches.{branch.name}")
+    if config.execution.compile:
+        compile_networks(pair, cuda_graphs=config.execution.cuda_graphs)
+    accumulate = config.optim.accumulate > 1
+    calls = parallelize(pair, config.parallel, config.precision, device, accumulate=accumulate)
+    # after parallelism, which moves parameters to the device and may cut them into pieces
+    optimizer = BranchOptimizer(pair.student, branch, config.optim, config.lr_scale, epoch_steps)
+    return Branch(branch, pair, calls, optimizer, LossScale() if config.precision.compute == "fp16" else None)
