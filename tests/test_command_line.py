@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_pipeline.beton.manifest import manifest_path
-from launcher import cli
+from launcher.cli import main as cli
 from tests.support import mokd, tiny
 
 

@@ -1,16 +1,13 @@
-"""What commands share: finding a configuration, exit codes, JSON, tables and progress bars."""
+"""What commands share: finding a configuration, exit codes, JSON and tables."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data_pipeline.core.errors import UserError
@@ -43,29 +40,3 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function `(done, total)` that draws a bar with rate and ETA on a terminal, and a line per tenth in a log."""
-    if messages.is_terminal:
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=messages) as bar:
-            task = bar.add_task(title, total=None, rate="")
-
-            def draw(done: int, total: int) -> None:
-                speed = bar.tasks[0].speed
-                bar.update(task, completed=done, total=total, rate=f"{speed:.0f}/s" if speed else "")
-
-            yield draw
-        return
-    tenth = -1
-
-    def line(done: int, total: int) -> None:
-        nonlocal tenth
-        now = 10 * done // max(total, 1)
-        if now > tenth:
-            tenth = now
-            messages.print(f"{title}: {done} of {total}", markup=False)
-
-    yield line

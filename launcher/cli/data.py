@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli.console import messages, print_json, progress_bar
+from launcher.cli.console import messages, print_json
+from mokd.runs.progress import WorkProgress, duration
 
 
 def register(app: typer.Typer) -> None:
@@ -48,8 +49,8 @@ def convert(
         resume=resume,
         workers=workers,
     )
-    with progress_bar("convert") as progress:
-        report = run(sources[:-1], sources[-1], options, progress, _announce)
+    with WorkProgress("convert") as progress:
+        report = run(sources[:-1], sources[-1], options, progress.update, _announce)
     if as_json:
         print_json(asdict(report))
         return
@@ -68,15 +69,9 @@ def _announce(forecast: Any) -> None:
         for size in (forecast.bytes, forecast.free_bytes)
     )
     messages.print(
-        f"convert: {forecast.images} images, about {size} and {_duration(forecast.seconds)} with {forecast.workers} "
+        f"convert: {forecast.images} images, about {size} and {duration(forecast.seconds)} with {forecast.workers} "
         f"workers; the disk has {free} left"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def verify(
@@ -86,8 +81,8 @@ def verify(
     """Read every sample of a beton and compare it with its checksum."""
     from data_pipeline.beton.verify import verify as run
 
-    with progress_bar("verify") as progress:
-        report = run(beton, progress)
+    with WorkProgress("verify") as progress:
+        report = run(beton, progress.update)
     if as_json:
         print_json(asdict(report))
     else:

@@ -31,7 +31,7 @@ from mokd.models.sync_batchnorm import synchronize_batchnorm
 from mokd.optim.precision import autocast
 from mokd.optim.schedules import warmup_cosine
 from mokd.parallel.parallelize import average_gradients
-from mokd.runs.progress import EpochLines
+from mokd.runs.progress import WorkProgress
 from mokd.runs.seeds import derive_seed
 
 
@@ -106,12 +106,13 @@ class FineTuning:
         if done:
             self._restore(tensors)
         loader = labelled_loader(self._train, self._ids, self._batch, self._config, self._ranks, self._device)
-        with closing(loader):
-            lines = EpochLines(f"{self._name}, {len(self._ids)} labels", section.epochs, self._ranks.is_main)
+        title = f"{self._name}, {len(self._ids)} labels, epoch"
+        progress = WorkProgress(title, done=done, per_second=False, shown=self._ranks.is_main)
+        with closing(loader), progress:
             for epoch in range(done, section.epochs):
                 loss = self._epoch(loader, epoch)
                 self.state.save(epoch + 1, self._tensors())
-                lines.done(epoch + 1, f"loss {loss:.3f}")
+                progress.update(epoch + 1, section.epochs, f"loss {loss:.3f}")
         return self
 
     def _epoch(self, loader: MultiCropLoader, epoch: int) -> float:

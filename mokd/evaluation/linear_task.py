@@ -19,7 +19,7 @@ from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.linear import BASE_BATCH, BLOCK, FeatureSource, Heads, Source, Standardised, train_epoch
 from mokd.evaluation.subjects import digest
 from mokd.evaluation.work import Work
-from mokd.runs.progress import EpochLines
+from mokd.runs.progress import WorkProgress
 
 
 def linear_task(work: Work) -> list[Outcome]:
@@ -66,16 +66,16 @@ def _train(
         for i, own in enumerate(heads):
             saved = {name: tensors[f"{i}.{name}"][ranks.rank :: ranks.world_size] for name in own.state_tensors()}
             own.load_state_tensors(saved)
-    lines = EpochLines("linear probe", epochs, ranks.is_main)
-    for epoch in range(done, epochs):
-        train_epoch(heads, source, epoch, epochs)
-        everything = {
-            f"{i}.{name}": _whole(value, ranks, device)
-            for i, own in enumerate(heads)
-            for name, value in own.state_tensors().items()
-        }
-        state.save(epoch + 1, everything)
-        lines.done(epoch + 1)
+    with WorkProgress("linear probe, epoch", done=done, per_second=False, shown=ranks.is_main) as progress:
+        for epoch in range(done, epochs):
+            train_epoch(heads, source, epoch, epochs)
+            everything = {
+                f"{i}.{name}": _whole(value, ranks, device)
+                for i, own in enumerate(heads)
+                for name, value in own.state_tensors().items()
+            }
+            state.save(epoch + 1, everything)
+            progress.update(epoch + 1, epochs)
 
 
 def _whole(own: Tensor, ranks: Ranks, device: torch.device) -> Tensor:

@@ -1,13 +1,12 @@
-"""What a person sees while training: a live line on a terminal, plain lines in a log."""
+"""What a person sees of long work: a live line on a terminal, plain lines in a log; always on stderr."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 EVERY_SECONDS = 10.0
 
@@ -26,38 +25,64 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-class TrainingProgress:
-    """Shows step, loss per branch, images/s, time waiting for data, and ETA on stderr."""
+class WorkProgress:
+    """Counted work: how much is done, of how much, and when it will be; nothing where not `shown`.
 
-    def __init__(self, total_steps: int, done: int) -> None:
-        self._total = total_steps
-        self._first = done
+    Use it as a context. every_seconds: how far plain lines are apart, the first and the last come always.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        done: int = 0,
+        every_seconds: float = EVERY_SECONDS,
+        per_second: bool = True,
+        shown: bool = True,
+    ) -> None:
+        self._title, self._first, self._every, self._shown = title, done, every_seconds, shown
+        self._per_second = per_second
         self._started = time.monotonic()
+        self._told = -every_seconds
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._console = Console(file=sys.stderr)
-        if self._console.is_terminal:
-            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+        if shown and self._console.is_terminal:
+            # what matters comes first: a narrow terminal cuts off the end
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(12),
+                TextColumn("{task.fields[facts]}", markup=False),
+            )
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("train", total=total_steps, completed=done, facts="")
+            self._task = self._bar.add_task(title, total=None, facts="")
             self._bar.start()
 
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the newest logged values."""
-        elapsed = time.monotonic() - self._started
-        remaining = elapsed / max(step - self._first, 1) * (self._total - step)
-        losses = "  ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in values.items() if k.endswith("/total"))
-        facts = (
-            f"loss {losses}  {values['images_per_second']:.1f} images/s  "
-            f"data wait {100 * values['data_wait_fraction']:.0f}%  ETA {duration(remaining)}"
-        )
+    def __enter__(self) -> WorkProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, done: int, total: int, facts: str = "") -> None:
+        """So much of the whole is done; `facts` is what else there is to say."""
+        if not self._shown:
+            return
+        now = time.monotonic()
+        rate = (done - self._first) / max(now - self._started, 1e-9)
+        parts = [f"{done} of {total}", facts]
+        if done > self._first:
+            parts[1:1] = [f"{rate:.0f}/s"] * self._per_second + [f"ETA {duration((total - done) / rate)}"]
+        text = "  ".join(part for part in parts if part)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, facts=facts)
-        else:
-            self.say(f"step {step}/{self._total}  epoch {int(values['epoch'])}  {facts}")
+            self._bar.update(self._task, completed=done, total=total, facts=text)
+        elif now - self._told >= self._every or done >= total:
+            self._told = now
+            self.say(f"{self._title}: {text}")
 
     def say(self, text: str) -> None:
         """One line, above the live one."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        if self._shown:
+            self._console.print(text, markup=False)
 
     def close(self) -> None:
         """Ends the live line."""
@@ -65,21 +90,15 @@ class TrainingProgress:
             self._bar.stop()
 
 
-class EpochLines:
-    """A line on stderr every ten seconds or so for work that goes by epochs; nothing where not `shown`."""
+class TrainingProgress(WorkProgress):
+    """Step, images/s, ETA, time waiting for data and the loss of every branch, at every logged step."""
 
-    def __init__(self, title: str, epochs: int, shown: bool) -> None:
-        self._title, self._epochs, self._shown = title, epochs, shown
-        self._first: int | None = None
-        self._started = self._told = time.monotonic()
+    def __init__(self, total_steps: int, done: int) -> None:
+        super().__init__("train", done=done, every_seconds=0.0, per_second=False)
+        self._total = total_steps
 
-    def done(self, epochs: int, facts: str = "") -> None:
-        """So many epochs are done."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = epochs - 1
-        if not self._shown or (now - self._told < EVERY_SECONDS and epochs < self._epochs):
-            return
-        self._told = now
-        remaining = (now - self._started) / (epochs - self._first) * (self._epochs - epochs)
-        print(f"{self._title}: epoch {epochs} of {self._epochs}  {facts}  ETA {duration(remaining)}", file=sys.stderr)
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the newest logged values."""
+        losses = "  ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in values.items() if k.endswith("/total"))
+        speed = f"{values['images_per_second']:.1f} images/s  data wait {100 * values['data_wait_fraction']:.0f}%"
+        self.update(step, self._total, f"epoch {int(values['epoch'])}  {speed}  loss {losses}")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data_pipeline.core.errors import UserError
 from mokd.distributed.local_ranks import leave_at_once
-from mokd.distributed.process_group import Ranks, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.process_group import Ranks, broadcast_from_main, join, leave, pick_device, ranks_from_environment
 from mokd.distributed.stopping import StopRequest
 from mokd.runs import environment
 from mokd.runs.files import replace_json
@@ -72,14 +72,11 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
 
 def _claim(directory: RunDirectory, ranks: Ranks) -> int:
     """The attempt's number: the launcher's, which took it before any rank started, or a new one, told to all."""
-    number = [int(os.environ.get("MOKD_ATTEMPT", "0"))]
+    number = int(os.environ.get("MOKD_ATTEMPT", "0"))
     if ranks.is_main:
-        if not number[0]:
-            number = [directory.claim_attempt({"world_size": ranks.world_size})]
+        number = number or directory.claim_attempt({"world_size": ranks.world_size})
         replace_json(directory.environment_file, environment.describe())
-    if dist.is_initialized():
-        dist.broadcast_object_list(number)
-    return number[0]
+    return broadcast_from_main(number)
 
 
 def _mark(directory: RunDirectory, ranks: Ranks, attempt: int, state: State, **facts: Any) -> None:

@@ -126,7 +126,7 @@ class MetricLogger:
         self._pending = None
         values |= dict(zip(keys, numbers.values().tolist(), strict=True))
         self._metrics.write(values)
-        self._progress.update(step, values)
+        self._progress.show(step, values)
         self._status(epoch=int(values["epoch"]), images_per_second=values["images_per_second"])
 
     def evaluate(self, branches: Sequence[Branch], step: int) -> None:

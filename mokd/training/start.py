@@ -53,24 +53,21 @@ def train(config: RunConfig, root: Path, *, resume: bool, nproc: int) -> tuple[R
 
 
 def _train_as_rank(config: RunConfig, root: Path, resume: bool) -> tuple[RunDirectory, int]:
-    import torch.distributed as dist
-
-    from mokd.distributed.process_group import join, pick_device, ranks_from_environment
+    from mokd.distributed.process_group import broadcast_from_main, join, pick_device, ranks_from_environment
     from mokd.training.entry import main
 
     ranks = ranks_from_environment()
     join(ranks, pick_device(ranks), config.parallel.timeout_seconds)
-    problem: list[str | None] = [None]
+    problem: str | None = None
     if ranks.is_main:  # one rank prepares the directory, all hear whether it worked
         try:
             prepare(config, root, resume=resume, world_size=ranks.world_size)
         except UserError as error:
-            problem = [str(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(problem)
+            problem = str(error)
+    problem = broadcast_from_main(problem)
     run = RunDirectory(root / config.name)
-    if problem[0] is not None:
+    if problem is not None:
         if ranks.is_main:
-            raise UserError(problem[0])
+            raise UserError(problem)
         return run, EXIT_USER
     return run, main([str(run.path)])
