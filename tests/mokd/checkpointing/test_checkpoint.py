@@ -77,7 +77,7 @@ def test_a_leftover_attempt_is_refused(run: RunDirectory) -> None:
 SAVER = """
 import sys
 from pathlib import Path
-from mokd import checkpoint
+from mokd.checkpointing import storage
 from mokd.runs.run_directory import RunDirectory
 from tests.mokd.checkpointing.test_checkpoint import SNAPSHOT
 run = RunDirectory(Path(sys.argv[1]))
