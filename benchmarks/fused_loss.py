@@ -1,7 +1,8 @@
 """The loss of one branch by itself: four terms over two heads, from logits and targets to the logits' gradients.
 
-Ours computes loss and gradients in one go; the literal one is a log-softmax for every pair of views (62 of them at
-2 + 8 views), differentiated by autograd. Products with prototypes and the targets' softmax are in neither.
+Ours computes loss and gradients in one go; the literal one (`mokd.losses.reference`) is a log-softmax for every pair of
+views (62 of them at 2 + 8 views), differentiated by autograd. Products with prototypes and the targets' softmax are in
+neither.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_ours import synchronise
-from benchmarks.step_plain import literal_paired, literal_rows
 from data_pipeline.core.errors import DataError
 from mokd.config import RunConfig
 from mokd.losses.kernels.targets import Target
 from mokd.losses.prototype_loss import distillation_loss
 from mokd.losses.prototypes import logits_in
+from mokd.losses.reference import paired_cross_entropy, row_cross_entropy
 
 
 def run(config: RunConfig, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def run(config: RunConfig, rounds: int, device: torch.device) -> dict[str, Any]:
         for logits, terms in zip(plain, targets, strict=True):
             for target in terms:
                 p = target.probabilities
-                loss = literal_paired if target.paired else literal_rows
+                loss = paired_cross_entropy if target.paired else row_cross_entropy
                 total = total + target.weight * loss(logits[target.first_view :], p, temperature)
         return total
 

@@ -1,8 +1,8 @@
 """The plain step: the method word for word, in stock eager PyTorch. The contender of `mokd bench step`.
 
-The same networks, the same mathematics, the same numbers; but a log-softmax for every pair of views, the weight norm
-wherever a head is used, a centre for every loss, the searched map repeated for every local view before its projection,
-and loops over parameters, with a host read each, for clipping and averaging.
+The same networks, the same mathematics, the same numbers; but the losses of `mokd.losses.reference`, a log-softmax for
+every pair of views, the weight norm wherever a head is used, a centre for every loss, the searched map repeated for
+every local view before its projection, and loops over parameters, with a host read each, for clipping and averaging.
 
 Shape letters: V student views, Q teacher views, L local views, B images, N tokens, K prototypes.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.step_ours import Pair
 from mokd.losses.prototypes import Prototypes
+from mokd.losses.reference import paired_cross_entropy, row_cross_entropy, teacher_targets
 from mokd.models.backbones import Features
 from mokd.objectives.branch import Branch
 from mokd.objectives.dino_network import Network
@@ -109,9 +110,8 @@ class PlainStep:
 
     def _paired(self, student: Tensor, teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
         """The DINO loss `H(teacher, student)`, and its centre's update."""
-        loss = literal_paired(
-            student.float(), torch.softmax((teacher.float() - center) / temperature, dim=-1), self._student_temp
-        )
+        targets = teacher_targets(teacher.float(), center, temperature)
+        loss = paired_cross_entropy(student.float(), targets, self._student_temp)
         center.lerp_(teacher.float().mean(dim=(0, 1)), 1.0 - self.config.objective.center_momentum)
         return loss
 
@@ -124,33 +124,12 @@ class PlainStep:
             maps = teacher["map"].repeat(count, 1, 1)
             tokens, _ = head.embed(Features(maps[:, 0], maps, None))
             found = _head(head(tokens, queries.flatten(0, 1)), head.last_layer).unflatten(0, (count, batch))
-            targets = torch.softmax(found.float() / temperature, dim=-1)
-        return literal_rows(student["t_head"][first:].float(), targets, self._student_temp)
+            targets = teacher_targets(found.float(), None, temperature)
+        return row_cross_entropy(student["t_head"][first:].float(), targets, self._student_temp)
 
     @property
     def _student_temp(self) -> float:
         return self.config.objective.student_temp
-
-
-def literal_paired(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """The mean over pairs of different views of the cross-entropy; student logits `[V, B, K]`, targets `[Q, B, K]`."""
-    scaled = student / temperature
-    total, pairs = torch.zeros((), device=student.device), 0
-    for q, target in enumerate(targets):
-        for v, view in enumerate(scaled.unbind()):
-            if v != q:
-                total = total + torch.sum(-target * F.log_softmax(view, dim=-1), dim=-1).mean()
-                pairs += 1
-    return total / pairs
-
-
-def literal_rows(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """The mean cross-entropy of views with a target each: `[L, B, K]` both."""
-    scaled = student / temperature
-    total = torch.zeros((), device=student.device)
-    for target, view in zip(targets, scaled.unbind(), strict=True):
-        total = total + torch.sum(-target * F.log_softmax(view, dim=-1), dim=-1).mean()
-    return total / len(targets)
 
 
 def _head(rows: Tensor, last_layer: Prototypes) -> Tensor:

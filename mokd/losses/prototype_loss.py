@@ -1,8 +1,15 @@
 """The fused prototype loss: from rows and prototypes, or from logits, to the loss and all its gradients.
 
-With z the scaled logits of a student row, L = logsumexp(z), p the combined target (the sum over all its comparisons,
-with their weights) and m the sum of those weights, the row's loss is `m L - p z` and its gradient `m softmax(z) - p`.
-Both are known once L is, so the gradients are computed with the loss; the backward pass only scales them.
+It equals `mokd.losses.reference`, which is the one to read for what is computed. With z the scaled logits of a student
+row, L = logsumexp(z), p the combined target (the sum over all its comparisons, with their weights) and m the sum of
+those weights, the row's loss is `m L - p z` and its gradient `m softmax(z) - p`. Both are known once L is. So the
+forward pass that autograd calls computes the gradients too, while the logits are at hand; the backward pass scales
+them:
+
+    forward:   first pass   for every block of prototypes: z, its share of L and of every term's `p z`
+               second pass  for every block of prototypes: `m softmax(z) - p`, and from it the gradients towards
+                            rows, directions and gains, which are kept in place of z
+    backward:  gradients * the gradient of the loss (1, or the loss scale of fp16)
 
 Shape letters: V student views, B images per rank, R rows = V * B, C width before the prototypes, K prototypes.
 """
@@ -80,7 +87,9 @@ def prototype_loss(
     """
     on_gpu = student.rows.device.type == "cuda"
     options = (train_prototypes, on_gpu if recompute is None else recompute, kernels or _kernels(on_gpu))
-    total, terms = _PrototypeLoss.apply(student.rows, *student.prototypes, tuple(targets), temperature, *options)
+    total, terms = _PrototypeLossWithGradients.apply(
+        student.rows, *student.prototypes, tuple(targets), temperature, *options
+    )
     return total, terms
 
 
@@ -89,7 +98,7 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """As `prototype_loss`, for student logits `[V, B, K]` that exist already."""
     kernels = kernels or _kernels(logits.device.type == "cuda")
-    total, terms = _DistillationLoss.apply(logits, tuple(targets), temperature, kernels)
+    total, terms = _DistillationLossWithGradients.apply(logits, tuple(targets), temperature, kernels)
     return total, terms
 
 
@@ -142,8 +151,8 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-class _GradientsKept(torch.autograd.Function):
-    """A function whose forward pass has left its gradients in `ctx.gradients`, for a gradient of 1."""
+class _GradientsFromForward(torch.autograd.Function):
+    """A function whose forward pass computes its gradients too, as if the loss had gradient 1, into `ctx.gradients`."""
 
     @staticmethod
     @once_differentiable
@@ -159,7 +168,7 @@ class _GradientsKept(torch.autograd.Function):
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
 
 
-class _PrototypeLoss(_GradientsKept):
+class _PrototypeLossWithGradients(_GradientsFromForward):
     @staticmethod
     def forward(
         ctx: Any,
@@ -174,16 +183,18 @@ class _PrototypeLoss(_GradientsKept):
         kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(rows.device.type, enabled=False):
-            work = _ByPrototypes(rows, PrototypeWeight(direction, gain, norm), targets, temperature, recompute, kernels)
-            work.observe()
-            ctx.gradients = work.differentiate(*(wanted and train_prototypes for wanted in ctx.needs_input_grad[1:3]))
-            total, terms = work.terms.values(work.log_z)
+            weight = PrototypeWeight(direction, gain, norm)
+            passes = _TwoPasses(rows, weight, targets, temperature, recompute, kernels)
+            passes.find_log_z()
+            for_direction, for_gain = (wanted and train_prototypes for wanted in ctx.needs_input_grad[1:3])
+            ctx.gradients = passes.gradients(for_direction=for_direction, for_gain=for_gain)
+            total, terms = passes.terms.values(passes.log_z)
         ctx.mark_non_differentiable(terms)
         return total, terms
 
 
-class _ByPrototypes:
-    """Rows and prototypes, in blocks of prototypes: a first pass finds L, a second one the gradients.
+class _TwoPasses:
+    """Over rows and prototypes, in blocks of prototypes: the first pass finds L, the second one the gradients.
 
     Between the two, exponentials of all logits are kept, or the logits are computed again. The logits of a block are
     `s w^T / temperature`, with `w = g v / |v|`.
@@ -219,7 +230,7 @@ class _ByPrototypes:
         self.by_convolution = kernels.BY_PROTOTYPE and onednn.suits(self.rows, weight.direction)
         self.seen: list[Tensor] = []  # the largest logit of every row, by block
 
-    def observe(self) -> None:
+    def find_log_z(self) -> None:
         """The first pass: L of every row `[V, B]`, and the terms' dot products."""
         sums = []
         for start, stop in self.blocks:
@@ -232,8 +243,8 @@ class _ByPrototypes:
             sums.append(total)
         self.log_z = (torch.cat(self.seen, dim=-1) + torch.cat(sums, dim=-1).log_()).logsumexp(dim=-1)
 
-    def differentiate(self, for_direction: bool, for_gain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The second pass: the gradients towards rows, direction and gain."""
+    def gradients(self, *, for_direction: bool, for_gain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The second pass: the gradients towards rows, direction and gain, for a loss of gradient 1."""
         v, g, norm = self.weight
         boost = self._boost()
         scaled = self.scale is not None
@@ -298,7 +309,7 @@ class _ByPrototypes:
         return 2.0 ** (13 - math.ceil(math.log2(largest)))
 
 
-class _DistillationLoss(_GradientsKept):
+class _DistillationLossWithGradients(_GradientsFromForward):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: tuple[Target, ...], temperature: float, kernels: Kernels

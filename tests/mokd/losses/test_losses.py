@@ -1,4 +1,4 @@
-"""The fused loss against literal loops in float64: one pair of views, one image, one prototype at a time."""
+"""The fused loss against the reference, which autograd differentiates, in float64."""
 
 from __future__ import annotations
 
@@ -18,41 +18,16 @@ from mokd.losses.kernels import cpu, plain
 from mokd.losses.kernels.targets import Target, entropy
 from mokd.losses.prototype_loss import distillation_loss, prototype_loss
 from mokd.losses.prototypes import HeadOutput, Prototypes, PrototypeWeight, logits_in
+from mokd.losses.reference import paired_cross_entropy, row_cross_entropy
 from mokd.losses.teacher_probabilities import teacher_probabilities
 from tests.support import ROOT
 
 
-def literal_paired(student: Tensor, p: Tensor, temp: float) -> Tensor:
-    """H(teacher, student) of the method for student logits `[V, B, K]` and teacher probabilities `[Q, B, K]`."""
-    views, batch, prototypes = student.shape
-    pair_means = []
-    for q in range(p.shape[0]):
-        for v in range(views):
-            if v == q:
-                continue
-            total = torch.zeros((), dtype=student.dtype)
-            for b in range(batch):
-                scaled = [student[v, b, k] / temp for k in range(prototypes)]
-                norm = max(scaled) + torch.log(sum(torch.exp(s - max(scaled)) for s in scaled))
-                for k in range(prototypes):
-                    total = total - p[q, b, k] * (scaled[k] - norm)
-            pair_means.append(total / batch)
-    return sum(pair_means) / len(pair_means)
-
-
-def literal_rows(student: Tensor, p: Tensor, temp: float) -> Tensor:
-    rows = []
-    for v in range(student.shape[0]):
-        for b in range(student.shape[1]):
-            rows.append(-(p[v, b] * torch.log_softmax(student[v, b] / temp, dim=-1)).sum())
-    return sum(rows) / len(rows)
-
-
-def literal(logits: Tensor, targets: Sequence[Target], temp: float) -> list[Tensor]:
+def reference(logits: Tensor, targets: Sequence[Target], temp: float) -> list[Tensor]:
     return [
-        literal_paired(logits, t.probabilities, temp)
+        paired_cross_entropy(logits, t.probabilities, temp)
         if t.paired
-        else literal_rows(logits[t.first_view :], t.probabilities, temp)
+        else row_cross_entropy(logits[t.first_view :], t.probabilities, temp)
         for t in targets
     ]
 
@@ -93,13 +68,13 @@ SHAPES = [(10, 2, 4, 7, 2), (2, 1, 3, 5, 2), (5, 2, 6, 11, 3), (4, 2, 3, 9, 1)]
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_equal_the_literal_loops(
+def test_loss_and_gradients_equal_the_reference(
     shape: tuple[int, ...], search: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_small_blocks(monkeypatch, 4)  # several blocks, the last one smaller
     leaves, targets = problem(*shape, search=search)
     rows, direction, gain = leaves
-    terms = literal(F.linear(rows, F.normalize(direction, dim=1) * gain), targets, 0.2)
+    terms = reference(F.linear(rows, F.normalize(direction, dim=1) * gain), targets, 0.2)
     total = sum(t.weight * term for t, term in zip(targets, terms, strict=True))
     expected = torch.autograd.grad(3.0 * total, leaves)
 
@@ -115,7 +90,7 @@ def test_loss_and_gradients_equal_the_literal_loops(
 def test_from_logits_it_is_the_same(shape: tuple[int, ...], search: bool) -> None:
     (rows, direction, _), targets = problem(*shape, search=search)
     logits = F.linear(rows, direction).detach().requires_grad_()
-    terms = literal(logits, targets, 0.2)
+    terms = reference(logits, targets, 0.2)
     (expected,) = torch.autograd.grad(sum(2.0 * t.weight * x for t, x in zip(targets, terms, strict=True)), logits)
     total, found = distillation_loss(logits, targets, 0.2)
     torch.testing.assert_close(found, torch.stack(terms).detach(), rtol=1e-9, atol=0)
@@ -126,7 +101,7 @@ def test_a_zero_gain_still_learns() -> None:
     leaves, targets = problem(4, 2, 3, 9, 2, search=False)
     leaves[2].data[4] = 0.0
     rows, direction, gain = leaves
-    terms = literal(F.linear(rows, F.normalize(direction, dim=1) * gain), targets, 0.2)
+    terms = reference(F.linear(rows, F.normalize(direction, dim=1) * gain), targets, 0.2)
     expected = torch.autograd.grad(terms[0] + 0.3 * terms[1], leaves)
     found = torch.autograd.grad(prototype_loss(given(leaves), targets, 0.2)[0], leaves)
     for ours, theirs in zip(found, expected, strict=True):

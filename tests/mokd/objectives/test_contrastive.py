@@ -1,4 +1,4 @@
-"""The contrastive objective against a slow transcription of the method, in float64, for one, two and three branches."""
+"""The contrastive objective against the reference, in float64, for one, two and three branches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from data_pipeline.core.errors import UserError
 from mokd.distributed.local_ranks import train_locally
 from mokd.losses import info_nce as module
+from mokd.losses import reference
 from mokd.losses.info_nce import info_nce
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch, BranchLoss
 from mokd.objectives.contrastive import ContrastiveObjective
-from mokd.objectives.contrastive_network import ContrastiveNetwork, FeatureMatching, Seen
+from mokd.objectives.contrastive_network import ContrastiveNetwork, Seen
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import EXIT_DONE, RunDirectory
 from mokd.training.preflight import check
@@ -61,75 +62,42 @@ def step(objective: ContrastiveObjective, branches: list[Branch], crops: Tensor)
     return losses
 
 
-def unit(x: Tensor) -> Tensor:
-    return x / math.sqrt(sum(float(v) ** 2 for v in x)) if not x.requires_grad else x / (x * x).sum().sqrt()
-
-
-def project(network: ContrastiveNetwork, feature: Tensor) -> Tensor:
+def project(network: ContrastiveNetwork, features: Tensor) -> Tensor:
     first, _, last = network.projection
-    return unit(last(nn.functional.gelu(first(feature))))
+    return nn.functional.normalize(last(nn.functional.gelu(first(features))), dim=-1)
 
 
-def literal_nce(query: Tensor, key: Tensor, negatives: Tensor) -> Tensor:
-    logits = [(query * key).sum() / 0.07] + [(query * negative).sum() / 0.07 for negative in negatives]
-    highest = max(float(logit.detach()) for logit in logits)
-    return highest + torch.log(sum(torch.exp(logit - highest) for logit in logits)) - logits[0]
-
-
-def literal_key(query: Tensor, dense: list[Tensor], projected: Tensor, matching: FeatureMatching) -> Tensor:
-    """Extraction, matching, alignment: one image, one position at a time."""
-    side = math.isqrt(len(dense))
-    kernel = matching.extraction.weight  # [D, D, 3, 3]
-    extracted = []
-    for y in range(side):
-        for x in range(side):
-            value = torch.zeros_like(projected)
-            for dy in (-1, 0, 1):
-                for dx in (-1, 0, 1):
-                    if 0 <= y + dy < side and 0 <= x + dx < side:  # zeros beyond the edge
-                        value = value + kernel[:, :, dy + 1, dx + 1] @ dense[(y + dy) * side + x + dx]
-            extracted.append(value)
-    similarities = [(query.detach() * unit(value)).sum() for value in extracted]
-    total = sum(torch.exp(s) for s in similarities)
-    matched = sum(torch.exp(s) / total * value for s, value in zip(similarities, extracted, strict=True))
-    return unit(matching.alignment.weight @ matched + 0.5 * projected)
-
-
-def literal(objective: ContrastiveObjective, branches: list[Branch], crops: Tensor) -> list[dict[str, Tensor]]:
-    """Every term of every branch, with its graph."""
-    teachers: list[tuple[list[list[Tensor]], list[list[list[Tensor]]]]] = []
+def reference_terms(objective: ContrastiveObjective, branches: list[Branch], crops: Tensor) -> list[dict[str, Tensor]]:
+    """Every term of every branch, with its graph; a query meets keys and maps of the other view, one view at a time."""
+    banks, by_view = [objective.banks[branch.name].keys for branch in branches], crops.shape[:2]
     with torch.no_grad():
-        for branch in branches:
-            features = branch.teacher.backbone(crops.flatten(0, 1))
-            pooled = [project(branch.teacher, f) for f in features.pooled]
-            dense = [[project(branch.teacher, token) for token in tokens] for tokens in features.tokens]
-            teachers.append(([pooled[:B], pooled[B:]], [dense[:B], dense[B:]]))
+        features = [branch.teacher.backbone(crops.flatten(0, 1)) for branch in branches]
+        keys = [project(b.teacher, f.pooled).unflatten(0, by_view) for b, f in zip(branches, features, strict=True)]
+        maps = [project(b.teacher, f.tokens).unflatten(0, by_view) for b, f in zip(branches, features, strict=True)]
     result = []
     for i, branch in enumerate(branches):
-        pooled = branch.student.backbone(crops.flatten(0, 1)).pooled
-        bank = objective.banks[branch.name].keys
+        pooled = branch.student.backbone(crops.flatten(0, 1)).pooled.unflatten(0, by_view)
         own, cross = [], []
         for view in (0, 1):
-            other_view = 1 - view
-            for b in range(B):
-                query = project(branch.student, pooled[view * B + b])
-                own.append(literal_nce(query, teachers[i][0][other_view][b], bank))
-                for j in range(len(branches)):
-                    if j != i:
-                        projected, dense = teachers[j][0][other_view][b], teachers[j][1][other_view][b]
-                        key = literal_key(query, dense, projected, branch.student.matching)
-                        cross.append(literal_nce(query, key, objective.banks[branches[j].name].keys))
-        terms = {"self": sum(own) / len(own)}
+            queries = project(branch.student, pooled[view])
+            own.append(reference.info_nce(queries, keys[i][1 - view], banks[i], 0.07))
+            for j in [j for j in range(len(branches)) if j != i]:
+                layers = branch.student.matching
+                extracted = reference.extraction(maps[j][1 - view], layers.extraction.weight)
+                weights = reference.matching(queries, extracted)
+                aligned = reference.alignment(weights, extracted, keys[j][1 - view], layers.alignment.weight)
+                cross.append(reference.info_nce(queries, aligned, banks[j], 0.07))
+        terms = {"self": torch.cat(own).mean()}
         if cross:
-            terms["cross"] = sum(cross) / len(cross)
+            terms["cross"] = torch.cat(cross).mean()
         result.append(terms)
     return result
 
 
 @pytest.mark.parametrize("branches", [[VIT], [RESNET, VIT], [RESNET, VIT, THIRD]], ids=["solo", "pair", "three"])
-def test_every_term_and_gradient_equals_the_literal_loop(branches: list[dict[str, Any]]) -> None:
+def test_every_term_and_gradient_equals_the_reference(branches: list[dict[str, Any]]) -> None:
     objective, built, crops = build(branches)
-    expected = literal(objective, built, crops)
+    expected = reference_terms(objective, built, crops)
     losses = losses_of(objective, built, [crops], 0)
     for branch, loss, terms in zip(built, losses, expected, strict=True):
         assert set(loss.terms) == set(terms) == ({"self"} if len(branches) == 1 else {"self", "cross"})
@@ -141,8 +109,8 @@ def test_every_term_and_gradient_equals_the_literal_loop(branches: list[dict[str
         torch.testing.assert_close(loss.total, total, rtol=1e-9, atol=0)
         parameters = list(branch.student.parameters())
         ours = torch.autograd.grad(loss.total, parameters)
-        for gradient, reference in zip(ours, torch.autograd.grad(total, parameters), strict=True):
-            torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-10)
+        for gradient, wanted in zip(ours, torch.autograd.grad(total, parameters), strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-10)
 
 
 def test_a_step_trains_its_own_student_with_extraction_and_alignment_and_nothing_else() -> None:
@@ -302,21 +270,21 @@ def test_bf16_storage_changes_the_loss_by_rounding_only() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 8192])
-def test_info_nce_equals_the_loop_whatever_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_nce_equals_the_reference_whatever_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     q, p, n = (nn.functional.normalize(torch.randn(r, 5, generator=generator).double(), dim=1) for r in (6, 6, 40))
     q, p, n = q.requires_grad_(), p.requires_grad_(), n.requires_grad_()
     rows, hardest = info_nce(q, p, n, 0.07)
-    expected = torch.stack([literal_nce(a, b, n.detach()) for a, b in zip(q, p, strict=True)])
+    expected = reference.info_nce(q, p, n.detach(), 0.07)
     torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(hardest, (q @ n.T).amax(dim=1))
     assert not hardest.requires_grad
     weights = torch.arange(1.0, 7.0).double()
-    reference = torch.autograd.grad((expected * weights).sum(), [q, p])
+    wanted = torch.autograd.grad((expected * weights).sum(), [q, p])
     ours = torch.autograd.grad((rows * weights).sum(), [q, p, n], allow_unused=True)
     assert ours[2] is None, "negatives receive no gradient"
-    for a, b in zip(ours[:2], reference, strict=True):
+    for a, b in zip(ours[:2], wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 

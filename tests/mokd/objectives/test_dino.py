@@ -1,4 +1,4 @@
-"""The whole objective against a slow transcription of the method, in float64, for one, two and three branches."""
+"""The whole objective against the reference, in float64, for one, two and three branches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from mokd.config import DinoConfig
 from mokd.losses.prototypes import HeadOutput, Prototypes
+from mokd.losses.reference import BranchLogits, four_terms, next_center
 from mokd.objectives import dino
 from mokd.objectives.branch import Branch
 from mokd.objectives.dino import DinoObjective
+from mokd.objectives.dino_network import NetworkOutput
 from tests.support import RESNET, THIRD, VIT, losses_of, single_branch, tiny_config
 
 B, GLOBALS, LOCALS = 3, 2, 3
@@ -52,78 +54,57 @@ def temperature(epoch: int, warmup: int) -> float:
     return 0.07 if epoch >= warmup else 0.04 + 0.03 * epoch / (warmup - 1)
 
 
-def cross_entropy(p: Tensor, s: Tensor) -> Tensor:
-    """Batch mean of the soft cross-entropy, prototype by prototype sums."""
-    total = torch.zeros((), dtype=torch.float64)
-    for b in range(p.shape[0]):
-        log_q = s[b] / 0.1 - torch.logsumexp(s[b] / 0.1, dim=0)
-        total = total - (p[b] * log_q).sum()
-    return total / p.shape[0]
-
-
-def paired(teacher: Tensor, student: Tensor, center: Tensor, temp: float) -> Tensor:
-    losses = [
-        cross_entropy(torch.softmax((teacher[q] - center) / temp, -1), student[v])
-        for q in range(GLOBALS)
-        for v in range(student.shape[0])
-        if v != q
-    ]
-    assert len(losses) == GLOBALS * student.shape[0] - GLOBALS
-    return sum(losses) / len(losses)
-
-
 def literal_logits(output: HeadOutput, last_layer: Prototypes) -> Tensor:
     return F.linear(output.rows, F.normalize(last_layer.direction, dim=1) * last_layer.gain)
 
 
-def literal(
+def reference_terms(
     objective: DinoObjective, branches: list[Branch], views: list[Tensor], epoch: int
 ) -> list[dict[str, Tensor]]:
     students = [b.student(views) for b in branches]
     with torch.no_grad():
         teachers = [b.teacher(views[:1]) for b in branches]
+    said = [
+        BranchLogits(
+            literal_logits(student.mlp, branch.student.mlp_head.last_layer),
+            literal_logits(student.t_head, branch.student.t_head.last_layer),
+            literal_logits(teacher.mlp, branch.teacher.mlp_head.last_layer),
+            literal_logits(teacher.t_head, branch.teacher.t_head.last_layer),
+            *centers,
+        )
+        for branch, student, teacher, centers in zip(branches, students, teachers, objective.centers, strict=True)
+    ]
     result = []
     for i, branch in enumerate(branches):
-        own = temperature(epoch, branch.config.teacher_temp_warmup_epochs)
-        cross = temperature(epoch, objective.config.cross_temp_warmup_epochs)
-        mlp = literal_logits(students[i].mlp, branch.student.mlp_head.last_layer)
-        dense = literal_logits(students[i].t_head, branch.student.t_head.last_layer)
-        taught = [literal_logits(t.mlp, b.teacher.mlp_head.last_layer) for t, b in zip(teachers, branches, strict=True)]
-        own_thead = literal_logits(teachers[i].t_head, branch.teacher.t_head.last_layer)
-        terms = {
-            "self_mlp": paired(taught[i], mlp, objective.centers[i, 0], own),
-            "self_thead": paired(own_thead, dense, objective.centers[i, 1], own),
-        }
         others = [j for j in range(len(branches)) if j != i]
-        if others:
-            terms["cross_mlp"] = sum(paired(taught[j], mlp, objective.centers[j, 0], cross) for j in others) / len(
-                others
-            )
-            searches = []
-            for j in others:
-                head = branches[j].teacher.t_head
-                rows = []
-                for v in range(LOCALS):
-                    for b in range(B):
-                        with torch.no_grad():  # one query, one map, one row
-                            query = students[i].queries[GLOBALS + v, b][None]
-                            found = head(teachers[j].tokens[b][None], query)
-                            found = F.linear(found, F.normalize(head.last_layer.direction) * head.last_layer.gain)[0]
-                            center = objective.centers[j, 1] if objective.config.center_search else 0.0
-                            target = torch.softmax((found - center) / cross, -1)
-                        rows.append(-(target * torch.log_softmax(dense[GLOBALS + v, b] / 0.1, -1)).sum())
-                searches.append(sum(rows) / len(rows))
-            terms["cross_search"] = sum(searches) / len(others)
+        terms = four_terms(
+            said[i],
+            [said[j] for j in others],
+            [literal_search(branches[j], teachers[j], students[i].queries[GLOBALS:]) for j in others],
+            own_temperature=temperature(epoch, branch.config.teacher_temp_warmup_epochs),
+            cross_temperature=temperature(epoch, objective.config.cross_temp_warmup_epochs),
+            center_search=objective.config.center_search,
+        )
         result.append(terms)
     return result
+
+
+@torch.no_grad()
+def literal_search(other: Branch, teacher: NetworkOutput, queries: Tensor) -> Tensor:
+    """Logits `[L, B, K]`: one query, one map, one row at a time."""
+    head = other.teacher.t_head
+    rows = [[head(teacher.tokens[b][None], query[None])[0] for b, query in enumerate(view)] for view in queries]
+    return F.linear(
+        torch.stack([torch.stack(view) for view in rows]), F.normalize(head.last_layer.direction) * head.last_layer.gain
+    )
 
 
 @pytest.mark.parametrize("branches", [[VIT], [RESNET, VIT], [RESNET, VIT, THIRD]], ids=["solo", "pair", "three"])
 @pytest.mark.parametrize("center_search", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1, 40])
-def test_every_term_equals_the_literal_loop(branches: list[dict], epoch: int, center_search: bool) -> None:
+def test_every_term_equals_the_reference(branches: list[dict], epoch: int, center_search: bool) -> None:
     objective, built, views = build(branches, objective__center_search=center_search)
-    expected = literal(objective, built, views, epoch)
+    expected = reference_terms(objective, built, views, epoch)
     losses = losses_of(objective, built, views, epoch)
     for branch, loss, terms in zip(built, losses, expected, strict=True):
         assert set(loss.terms) == set(terms)
@@ -204,10 +185,11 @@ def test_centers_move_after_use_towards_the_global_mean() -> None:
     losses_of(objective, built, views, 0)
     assert torch.equal(objective.centers, before)
     with torch.no_grad():
-        means = [built[i].teacher(views[:1]).mlp.logits().mean(dim=(0, 1)) for i in range(2)]
+        said = [built[i].teacher(views[:1]).mlp.logits() for i in range(2)]
     objective.commit()
     for i in range(2):
-        torch.testing.assert_close(objective.centers[i, 0], 0.9 * before[i, 0] + 0.1 * means[i], rtol=1e-6, atol=1e-9)
+        expected = next_center(before[i, 0], said[i], 0.9)
+        torch.testing.assert_close(objective.centers[i, 0], expected, rtol=1e-6, atol=1e-9)
 
 
 TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
@@ -217,7 +199,7 @@ TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
 def test_every_combination_of_terms_trains_on_exactly_these(branches: list[dict]) -> None:
     """Loss and gradients of the branch that is in both, for all that can be switched on and off."""
     objective, built, views = build(branches)
-    terms = literal(objective, built, views, 0)[-1]
+    terms = reference_terms(objective, built, views, 0)[-1]
     parameters = [p for p in built[-1].student.parameters() if p.requires_grad]
     options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     gradients = {name: torch.autograd.grad(value, parameters, **options) for name, value in terms.items()}
