@@ -16,7 +16,7 @@ from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.optim.schedules import cosine
 from mokd.parallel.build import build_branch
-from mokd.training.preflight import images_per_rank
+from mokd.training.feasibility import images_per_rank
 from mokd.training.step import TrainingStep
 
 EPOCH_STEPS = 1000

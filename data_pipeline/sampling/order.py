@@ -75,3 +75,8 @@ def rank_batches(order: Int64Array, global_batch: int, rank: int, world_size: in
         raise UserError(f"a global batch of {global_batch} is larger than the data set of {len(order)} samples")
     batches = order[: steps * global_batch].reshape(steps, world_size, global_batch // world_size)
     return np.ascontiguousarray(batches[:, rank])
+
+
+def contiguous_part(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and last (exclusive) of `size` things that a rank gets where order is kept; parts differ by one at most."""
+    return size * rank // world_size, size * (rank + 1) // world_size

@@ -87,7 +87,7 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """How long training stands still for a save, and from the start of a resumed run to its first step."""
-    from mokd.training.preflight import check  # imports torch
+    from mokd.training.feasibility import check  # imports torch
 
     run_config = load_config(find_config(config), [*(overrides or []), "evaluation.every_epochs=null"])
     check(run_config, 1)

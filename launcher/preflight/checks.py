@@ -17,7 +17,7 @@ from launcher.slurm.sbatch_script import Script
 from mokd.config import RunConfig
 from mokd.runs.files import read_json
 from mokd.runs.run_directory import RunDirectory
-from mokd.training.preflight import check
+from mokd.training.feasibility import check
 
 # time beside the save itself: the step under way, the barrier, leaving
 STOP_OVERHEAD_SECONDS = 15.0

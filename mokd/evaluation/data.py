@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.beton.samples import Samples, open_samples
 from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import Backend, check_path
-from data_pipeline.sampling.order import Int64Array, subset
+from data_pipeline.sampling.order import Int64Array, contiguous_part, subset
 from mokd.config.evaluation import EvaluationConfig
 
 
@@ -44,7 +44,7 @@ class LabelledSet:
 
     def part(self, rank: int, world_size: int) -> tuple[int, int]:
         """The rows, from and to, that a rank reads; the loader's rule."""
-        return self.size * rank // world_size, self.size * (rank + 1) // world_size
+        return contiguous_part(self.size, rank, world_size)
 
 
 def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | None = None) -> LabelledSet:

@@ -27,7 +27,7 @@ from mokd.runs.run_directory import (
     StaleAttemptError,
     State,
 )
-from mokd.training.preflight import check_shard_groups, images_per_rank
+from mokd.training.feasibility import check_shard_groups, images_per_rank
 from mokd.training.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)

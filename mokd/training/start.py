@@ -11,7 +11,7 @@ from mokd.config import RunConfig
 from mokd.distributed.local_ranks import train_locally
 from mokd.runs.files import replace_text
 from mokd.runs.run_directory import EXIT_USER, RunDirectory
-from mokd.training.preflight import check
+from mokd.training.feasibility import check
 
 
 def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int) -> RunDirectory:

@@ -21,8 +21,8 @@ from mokd.objectives.base import build_objective
 from mokd.optim.precision import set_tf32
 from mokd.parallel.build import build_branch
 from mokd.runs.run_directory import RunDirectory
+from mokd.training.feasibility import images_per_rank
 from mokd.training.metric_logger import MetricLogger
-from mokd.training.preflight import images_per_rank
 from mokd.training.step import TrainingStep
 
 

@@ -20,7 +20,7 @@ from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch
 from mokd.parallel.build import build_branch
 from mokd.training.entry import leave_at_once
-from mokd.training.preflight import images_per_rank
+from mokd.training.feasibility import images_per_rank
 from mokd.training.step import TrainingStep
 from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny
 

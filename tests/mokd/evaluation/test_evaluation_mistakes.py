@@ -97,7 +97,7 @@ def test_features_that_are_not_finite(run: RunDirectory, monkeypatch: pytest.Mon
 
 
 def test_training_is_refused_ahead_for_the_same_reasons(run: RunDirectory, beton: Path) -> None:
-    from mokd.training.preflight import check
+    from mokd.training.feasibility import check
 
     config = tiny_config(
         beton,

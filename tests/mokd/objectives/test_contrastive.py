@@ -23,7 +23,7 @@ from mokd.objectives.contrastive import ContrastiveObjective
 from mokd.objectives.contrastive_network import ContrastiveNetwork, Seen
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import EXIT_DONE, RunDirectory
-from mokd.training.preflight import check
+from mokd.training.feasibility import check
 from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, losses_of, single_branch, tiny_config
 
 B, PX, K = 3, 64, 40  # 64 px: the ResNet has a map of 2 x 2, the ViT one of 8 x 8

@@ -17,7 +17,7 @@ from mokd.optim.loss_scale import LossScale, any_overflow
 from mokd.optim.precision import set_tf32
 from mokd.parallel.activation_checkpointing import recompute_blocks
 from mokd.parallel.build import build_branch
-from mokd.training.preflight import images_per_rank
+from mokd.training.feasibility import images_per_rank
 from mokd.training.step import TrainingStep
 from tests.support import RESNET, THIRD, VIT, tiny_config
 
