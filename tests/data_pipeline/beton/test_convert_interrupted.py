@@ -15,6 +15,7 @@ from data_pipeline.beton.manifest import manifest_path, sample_lines
 from data_pipeline.beton.verify import verify
 from data_pipeline.core.errors import UserError
 from tests.data_pipeline.pictures import GOOD
+from tests.support import ROOT
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
@@ -64,7 +65,7 @@ def kill_at(image: int, source: Path, out: Path) -> None:
         f"stop = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == {image} else None\n"
         f"convert([Path({str(source)!r})], Path({str(out)!r}), None, stop)"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=root)
     assert done.returncode == -9
     assert not out.exists()
@@ -130,7 +131,7 @@ def test_a_worker_that_dies_ends_the_conversion(many, tmp_path, failure):
         "e.encode = dies\n"
         f"convert([Path({str(many)!r})], Path({str(tmp_path / 'x.beton')!r}))"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=root, capture_output=True)
     assert done.returncode != 0
     assert not (tmp_path / "x.beton").exists()

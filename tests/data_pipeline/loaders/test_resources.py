@@ -22,10 +22,9 @@ from data_pipeline.core.errors import DataError
 from data_pipeline.core.native_library import Engine
 from data_pipeline.loaders.build import build_loader
 from data_pipeline.sampling.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
+from tests.support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:data.workers")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(path, views, workers=2, batch=4, **more):

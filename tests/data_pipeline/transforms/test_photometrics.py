@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from data_pipeline.core.host_memory import Packed, Recycler, Ring
 from data_pipeline.core.native_library import PHOTOMETRIC, Engine
 from data_pipeline.sampling.draws import draw_views, view_sizes
 from data_pipeline.transforms.photometrics import CpuPhotometrics, pack_parameters, photometrics_torch
+from tests.support import ROOT
 
 VIEWS = ViewsConfig(
     global_crops=CropConfig(
@@ -90,7 +90,7 @@ def test_triton_equals_torch(tmp_path):
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     environment["PYTHONPATH"] = str(root)
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, check=True, timeout=200)
 
