@@ -65,8 +65,8 @@ def kill_at(image: int, source: Path, out: Path) -> None:
         f"stop = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == {image} else None\n"
         f"convert([Path({str(source)!r})], Path({str(out)!r}), None, stop)"
     )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=root)
+
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=ROOT)
     assert done.returncode == -9
     assert not out.exists()
     assert not manifest_path(out).exists()
@@ -131,7 +131,7 @@ def test_a_worker_that_dies_ends_the_conversion(many, tmp_path, failure):
         "e.encode = dies\n"
         f"convert([Path({str(many)!r})], Path({str(tmp_path / 'x.beton')!r}))"
     )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=root, capture_output=True)
+
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=ROOT, capture_output=True)
     assert done.returncode != 0
     assert not (tmp_path / "x.beton").exists()

@@ -77,7 +77,7 @@ def test_triton_equals_torch(tmp_path):
     pytest.importorskip("triton")
     program = (
         "import torch\n"
-        "from tests.data_pipeline.test_photometrics import VIEWS, assert_close, packed_batch, reference\n"
+        "from tests.data_pipeline.transforms.test_photometrics import VIEWS, assert_close, packed_batch, reference\n"
         "from data_pipeline.transforms.photometrics_triton import photometrics_triton\n"
         "packed = packed_batch(4)\n"
         "device = 'cuda' if torch.cuda.is_available() else 'cpu'\n"
@@ -90,9 +90,9 @@ def test_triton_equals_torch(tmp_path):
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    root = ROOT
-    environment["PYTHONPATH"] = str(root)
-    subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, check=True, timeout=200)
+
+    environment["PYTHONPATH"] = str(ROOT)
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=True, timeout=200)
 
 
 @pytest.mark.gpu
