@@ -68,11 +68,11 @@ def test_directories_are_private(tmp_path: Path) -> None:
 
 def test_snapshot_is_whole_and_replaced_at_once(tmp_path: Path) -> None:
     first = code_snapshot.take(tmp_path / "code")
-    assert (tmp_path / "code" / "mokd" / "train.py").is_file()
+    assert (tmp_path / "code" / "mokd" / "training" / "entry.py").is_file()
     assert (tmp_path / "code" / "launcher" / "job.py").is_file()
     assert not list((tmp_path / "code").rglob("*.pyc"))
     assert code_snapshot.take(tmp_path / "code") == first
-    (tmp_path / "code" / "mokd" / "train.py").write_text("changed")
+    (tmp_path / "code" / "mokd" / "training" / "entry.py").write_text("changed")
     assert code_snapshot.digest(tmp_path / "code") != first
     assert [path.name for path in tmp_path.iterdir()] == ["code"]
 

@@ -27,7 +27,7 @@ DEEP_RESNET, DEEP_VIT = {**RESNET, "drop_path": 0.4}, {**VIT, "drop_path": 0.4}
 def trainer(config: RunConfig, folder: Path, stack: ExitStack) -> Trainer:
     run = RunDirectory.create(folder / config.name, config)
     built = Trainer(run, config, Ranks(), torch.device("cpu"), StopRequest(), run.claim_attempt())
-    for part in (built.loader, built.report, built.saver):
+    for part in (built.loader, built.report, built.checkpointer):
         stack.enter_context(closing(part))
     return built
 
