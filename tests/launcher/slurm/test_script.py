@@ -69,7 +69,7 @@ def test_directories_are_private(tmp_path: Path) -> None:
 def test_snapshot_is_whole_and_replaced_at_once(tmp_path: Path) -> None:
     first = code_snapshot.take(tmp_path / "code")
     assert (tmp_path / "code" / "mokd" / "training" / "entry.py").is_file()
-    assert (tmp_path / "code" / "launcher" / "job.py").is_file()
+    assert (tmp_path / "code" / "launcher" / "slurm" / "rank_entry.py").is_file()
     assert not list((tmp_path / "code").rglob("*.pyc"))
     assert code_snapshot.take(tmp_path / "code") == first
     (tmp_path / "code" / "mokd" / "training" / "entry.py").write_text("changed")
