@@ -1,0 +1,135 @@
+"""What the pages name exists: paths, functions, modules, tests, links and their anchors, the rooms and their order."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.test_layering import ROOMS
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+ARCHITECTURE = ROOT / "docs/architecture.md"
+FOLDERS = "|".join((*ROOMS, "tests", "benchmarks", "configs", "docs", "slurm", "tools", r"\.github"))
+PATH = re.compile(rf"((?:{FOLDERS})/[\w./*-]*)(?::([\w.]+))?")
+MODULE = re.compile(rf"({'|'.join(ROOMS)})((?:\.\w+)+)")
+KEYS = ("test_limit",)  # of the configuration, though named like tests
+LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(text: str) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def in_code(text: str) -> Iterator[str]:
+    """What stands between single backticks."""
+    return (match[1] for match in re.finditer(r"`([^`\n]+)`", prose(text)))
+
+
+@cache
+def defined(file: Path) -> frozenset[str]:
+    """Names that a module defines: functions, classes, `Class.method`, constants and attributes at its top."""
+
+    def names(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield prefix + node.name
+                if isinstance(node, ast.ClassDef):
+                    yield from names(node.body, f"{node.name}.")
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    return frozenset(names(ast.parse(file.read_text(encoding="utf-8")).body, ""))
+
+
+def module_exists(name: str) -> bool:
+    """Whether a dotted name is a package, a module, or something that a module defines."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        path, rest = ROOT.joinpath(*parts[:cut]), ".".join(parts[cut:])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return not rest or rest in defined(file)
+    return False
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
+        found.add(re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-"))
+    return found
+
+
+def problems(page: Path, text: str) -> list[str]:
+    """What a page names that is not there."""
+    found = []
+    for code in in_code(text):
+        if match := PATH.fullmatch(code):
+            path, name = match[1], match[2]
+            files = list(ROOT.glob(path)) if "*" in path else [ROOT / path]
+            if not files or not files[0].exists():
+                found.append(f"{path}: no such path")
+            elif name and name not in defined(files[0]):
+                found.append(f"{path}: defines no {name}")
+        elif MODULE.fullmatch(code) and not module_exists(code):
+            found.append(f"{code}: no such module or name")
+        elif re.fullmatch(r"test_\w+", code) and code not in KEYS and code not in known_tests():
+            found.append(f"{code}: no such test")
+    for target in LINK.findall(prose(text)):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists():
+            found.append(f"{target}: links nowhere")
+        elif anchor and anchor not in slugs(file.read_text(encoding="utf-8") if path else text):
+            found.append(f"{target}: no such heading")
+    return found
+
+
+@cache
+def known_tests() -> frozenset[str]:
+    """The names of all tests, and of the modules that hold them."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    return frozenset().union(*(defined(file) for file in files), {file.stem for file in files})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    assert problems(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_what_does_not_exist_is_found() -> None:
+    text = """
+`mokd/gone.py` `mokd/training/trainer.py:Trainer.walk` `mokd.training.trainer.Gone` `test_of_nothing`
+[one](gone.md) [two](slurm.md#nowhere) [three](#here)
+"""
+    assert problems(ARCHITECTURE, text) == [
+        "mokd/gone.py: no such path",
+        "mokd/training/trainer.py: defines no Trainer.walk",
+        "mokd.training.trainer.Gone: no such module or name",
+        "test_of_nothing: no such test",
+        "gone.md: links nowhere",
+        "slurm.md#nowhere: no such heading",
+        "#here: no such heading",
+    ]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_the_rooms_stand_in_their_order(package: str) -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    table = re.search(rf"^### `{package}/`\n(.*?)(?=^#)", text, flags=re.MULTILINE | re.DOTALL)
+    diagram = re.search(rf"^ *subgraph {package}\b(.*?)^ *end$", text, flags=re.MULTILINE | re.DOTALL)
+    assert table is not None
+    assert diagram is not None
+    assert tuple(re.findall(r"^\| `([\w.]+)` \|", table[1], flags=re.MULTILINE)) == ROOMS[package]
+    assert tuple(re.findall(r'\w+\["([a-z_.]+)"\]', diagram[1])) == ROOMS[package]
