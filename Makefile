@@ -8,11 +8,12 @@ NODES  ?= 1
 NPROC  ?= 2
 ARGS   ?=
 
-.PHONY: help setup demo demo-data test lint bench launch train eval convert slurm-up slurm-down faults clean
+.PHONY: help setup demo demo-data test lint format bench launch train eval convert slurm-up slurm-down faults clean
 
 help:
 	@echo 'make demo                                   install, then train a small pair end to end (DATA=folder for your images)'
 	@echo 'make test                                   lint, then all tests'
+	@echo 'make format                                 ruff: format, and fix what it can'
 	@echo 'make convert SRC=imagenet/train OUT=train.beton'
 	@echo 'make train   CONFIG=demo.yaml NPROC=2       train on this machine'
 	@echo 'make launch  CONFIG=vit_s_resnet50.yaml NODES=4'
@@ -40,6 +41,10 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 bench: setup
 	$(MOKD) bench data $(ARGS)
