@@ -31,6 +31,8 @@ SETUP = [
     "trap 'export MOKD_SIGNALLED=SIGUSR2' USR2",
     "trap : USR1 CONT",
 ]
+# The requeue policy is requeue_policy.py's. The shell keeps the one part that Python cannot: the case that Python, or
+# the file system it lies on, is what did not start.
 TEARDOWN = [
     "rc=$?",
     "# 0, 2 and 3 are the supervisor's own decision; 138, 140, 143: a signal came before it had handlers;",

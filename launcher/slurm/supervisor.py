@@ -27,6 +27,7 @@ from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
 from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide
 from launcher.slurm.srun_step import Step
+from mokd.distributed.free_port import free_port
 from mokd.runs.run_directory import EXIT_USER, RunDirectory
 
 EXIT_GAVE_UP = 3
@@ -194,14 +195,11 @@ class Supervisor:
             address = client.node_address(node)
         except client.SchedulerError:
             address = socket.gethostname()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
         return {
             **os.environ,
             "MOKD_ATTEMPT": str(self.attempt),
             "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),  # a new one for every attempt: no leftover can join
+            "MASTER_PORT": str(free_port("")),  # a new one for every attempt: no leftover can join
         }
 
     def _clear_submitit_leftovers(self, command: Sequence[str]) -> None:

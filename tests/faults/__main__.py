@@ -9,7 +9,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 # rows that are proved where the data pipeline is tested
-DATA = HERE.parent / "data"
+DATA = HERE.parent / "data_pipeline" / "beton"
 DATA_TESTS = [DATA / f"test_{name}.py" for name in ("bad_data", "convert", "convert_interrupted")]
 
 

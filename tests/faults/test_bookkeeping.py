@@ -184,4 +184,4 @@ def test_edited_source_changes_nothing(cluster: Cluster, beton: Path, tmp_path: 
     assert status.state == "done", logs(run)
     assert len(status.restarts) == 1
     where = json.loads((run.path / "where.json").read_text())
-    assert where == str(run.path / "code" / "launcher" / "job.py")
+    assert where == str(run.path / "code" / "launcher" / "slurm" / "rank_entry.py")
