@@ -15,7 +15,7 @@ from types import FrameType
 
 from mokd.distributed.free_port import free_port
 from mokd.distributed.stopping import STOP_SIGNALS
-from mokd.runs.run_directory import EXIT_STOPPED
+from mokd.runs.exit_codes import EXIT_STOPPED
 
 GRACE_SECONDS = 10.0
 
