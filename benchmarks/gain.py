@@ -23,9 +23,10 @@ from mokd.config import RunConfig
 from mokd.evaluation.entry import evaluate
 from mokd.evaluation.job import Request
 from mokd.evaluation.tasks import TASKS
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.runs.files import read_json
 from mokd.runs.metrics import read_metrics
-from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from mokd.training.start import train
 
 Say = Callable[[str], None]

@@ -15,8 +15,9 @@ from typing import Any
 from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
 from mokd.runs import environment
+from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.metrics import read_metrics
-from mokd.runs.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 
 SAVES, EVERY = 6, 3  # measured saves, and steps between two
 STEPS = (SAVES + 1) * EVERY  # the last save is waited for, in either mode, and does not count

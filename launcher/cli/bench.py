@@ -15,7 +15,7 @@ from data_pipeline.core.errors import UserError
 from launcher.cli.compare import show
 from launcher.cli.console import find_config, messages, print_json, print_table
 from mokd.config import RunConfig, load_config
-from mokd.runs.run_directory import EXIT_STOPPED
+from mokd.runs.exit_codes import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.core.errors import UserError
+from launcher.cli.cluster_options import Flags, with_cluster_options
 from launcher.cli.console import find_config, messages, print_json, print_table
 from launcher.cli.train import Solo
 from launcher.config import ClusterConfig, load_cluster
@@ -23,16 +24,6 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Run = Annotated[Path, typer.Argument(help="a run directory, or its name in runs/")]
 Root = Annotated[Path, typer.Option(help="folder of the run directories")]
-Nodes = Annotated[int | None, typer.Option(help="nodes", rich_help_panel="Cluster")]
-Gpus = Annotated[int | None, typer.Option(help="GPUs, and ranks, per node", rich_help_panel="Cluster")]
-Tasks = Annotated[int | None, typer.Option(help="ranks per node, if not one per GPU", rich_help_panel="Cluster")]
-Cpus = Annotated[int | None, typer.Option(help="cores per rank", rich_help_panel="Cluster")]
-Text = Annotated[str | None, typer.Option(rich_help_panel="Cluster")]
-Time = Annotated[str | None, typer.Option(help="limit of one slice, for example 24:00:00", rich_help_panel="Cluster")]
-Site = Annotated[str | None, typer.Option(help="profile in ~/.config/mokd/sites/", rich_help_panel="Cluster")]
-Extra = Annotated[
-    list[str] | None, typer.Option("--sbatch", help="any further parameter, name=value", rich_help_panel="Cluster")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the batch script, submit nothing")]
 Local = Annotated[bool, typer.Option("--local", help="run the same job on this machine")]
 
@@ -46,22 +37,12 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: mokd resume runs/demo --nodes 2")(resume)
 
 
+@with_cluster_options
 def launch(
+    flags: Flags,
     config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
     overrides: Overrides = None,
     solo: Solo = None,
-    nodes: Nodes = None,
-    gpus_per_node: Gpus = None,
-    tasks_per_node: Tasks = None,
-    cpus_per_task: Cpus = None,
-    partition: Text = None,
-    account: Text = None,
-    qos: Text = None,
-    time: Time = None,
-    constraint: Text = None,
-    exclude: Text = None,
-    site: Site = None,
-    sbatch: Extra = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="key=value,value: one run per combination, as an array")
     ] = None,
@@ -76,7 +57,6 @@ def launch(
 
     path = find_config(config)
     resolved = load_run_config(path, overrides or [], solo)
-    flags = _flags(locals())
     cluster = load_cluster(resolved.cluster, flags, str(path))
     _show_findings(examine(resolved, cluster, root))
     if sweep:
@@ -137,20 +117,10 @@ def _launch_sweep(
         print(f"job {job.job_id}: {job.run.path}")
 
 
+@with_cluster_options
 def resume(
+    flags: Flags,
     run: Run,
-    nodes: Nodes = None,
-    gpus_per_node: Gpus = None,
-    tasks_per_node: Tasks = None,
-    cpus_per_task: Cpus = None,
-    partition: Text = None,
-    account: Text = None,
-    qos: Text = None,
-    time: Time = None,
-    constraint: Text = None,
-    exclude: Text = None,
-    site: Site = None,
-    sbatch: Extra = None,
     update_code: Annotated[bool, typer.Option(help="run today's code instead of the run's own snapshot")] = False,
     local: Local = False,
     dry_run: DryRun = False,
@@ -165,10 +135,8 @@ def resume(
         raise UserError(f"{directory.path}: this run is done; there is nothing to resume")
     config, last = directory.config(), Records(directory).last_launch()
     # as launched last; with another site, as the configuration says
-    section = last.cluster if last and site is None else config.cluster
-    cluster = load_cluster(
-        {k: v for k, v in section.items() if k != "site"}, _flags(locals()), str(directory.config_file)
-    )
+    section = last.cluster if last and "site" not in flags else config.cluster
+    cluster = load_cluster({k: v for k, v in section.items() if k != "site"}, flags, str(directory.config_file))
     _show_findings(examine(config, cluster, directory.path.parent, directory))
     if dry_run:
         number = (last.number if last else 0) + 1
@@ -241,18 +209,6 @@ def find_run(run: Path, root: Path = Path("runs")) -> Path:
 def open_run(run: Path, root: Path = Path("runs")) -> RunDirectory:
     """A run by its path, or by its name below `root`."""
     return RunDirectory.open(find_run(run, root).absolute())
-
-
-def _flags(given: dict[str, Any]) -> dict[str, Any]:
-    """The cluster section's keys among a command's arguments."""
-    flags = {key: given[key] for key in ClusterConfig.model_fields if given.get(key) is not None and key != "sbatch"}
-    if given["sbatch"]:
-        extra: dict[str, str | bool] = {}
-        for text in given["sbatch"]:
-            key, sep, value = text.removeprefix("--").partition("=")
-            extra[key] = value if sep else True
-        flags["sbatch"] = extra
-    return flags
 
 
 def _show_findings(findings: Any) -> None:

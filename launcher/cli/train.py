@@ -50,7 +50,7 @@ def train(
 
     Exit status: 0 done, 75 stopped and resumable, 1 failed, 2 a mistake in what was given.
     """
-    from mokd.runs.run_directory import EXIT_STOPPED
+    from mokd.runs.exit_codes import EXIT_STOPPED
     from mokd.training.start import train as start
 
     resolved = load_run_config(find_config(config), overrides or [], solo)

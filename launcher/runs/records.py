@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.core.errors import UserError
 from launcher.runs.permissions import make_private
-from mokd.runs.files import read_json, replace_json
+from mokd.runs.files import create_json, read_json, replace_json
 from mokd.runs.run_directory import RunDirectory
 
 Verdict = Literal["done", "requeued", "stopped", "failed", "cancelled", "superseded"]
@@ -76,19 +77,21 @@ class Records:
     def new_launch(self, kind: Literal["slurm", "local"], cluster: dict[str, Any], folder: Path) -> Launch:
         """Registers a submission; from now on earlier ones are superseded."""
         make_private(self.run.jobs)
-        self._launches.mkdir(exist_ok=True)
         record = Launch(
             0, kind, cluster, str(folder), submitted=time.time(), host=socket.gethostname(), user=getpass.getuser()
         )
         while True:
-            number = max((launch.number for launch in self.launches()), default=0) + 1
+            # by name: the number of a file that an interrupted launch has left empty is taken too
+            number = max((int(path.stem) for path in self._launches.glob("[0-9]*.json")), default=0) + 1
+            numbered = replace(record, number=number)
             try:
-                # the number belongs to whoever creates the file; the content follows by rename
-                os.close(os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                self._launches.mkdir(exist_ok=True)
+                create_json(self._path(number), asdict(numbered))
             except FileExistsError:
-                time.sleep(0.05)
-                continue
-            return self.write_launch(replace(record, number=number))
+                continue  # somebody else took the number
+            except OSError as error:
+                raise UserError(f"{self._launches}: the launch cannot be recorded: {error.strerror}") from None
+            return numbered
 
     def write_launch(self, launch: Launch) -> Launch:
         """Replaces what is known of a submission."""

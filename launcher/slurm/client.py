@@ -98,7 +98,10 @@ def cancel(job_id: str) -> None:
 
 
 def steps(job_id: str) -> list[str]:
-    """The steps that srun has started in a job."""
+    """The steps that srun has started in a job, by the ids with which they can be signalled.
+
+    A task of an array is given, and answers, as `ARRAY_TASK`: its plain id can mean the whole array.
+    """
     return re.findall(rf"^{re.escape(job_id)}\.\d+$", _command("squeue", "-hs", "-j", job_id, "-o", "%i"), re.MULTILINE)
 
 

@@ -19,8 +19,9 @@ from data_pipeline.core.errors import UserError
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Records
 from mokd.distributed.stopping import StopRequest
+from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_SUPERSEDED
 from mokd.runs.files import replace_json
-from mokd.runs.run_directory import EXIT_STOPPED, RunDirectory, StaleAttemptError
+from mokd.runs.run_directory import RunDirectory, StaleAttemptError
 
 ENTRY = "mokd.training.entry:run"
 
@@ -53,7 +54,7 @@ def run_rank(directory: str, entry: str = ENTRY) -> str:
         return str(train(run.path, stop=stop).state)
     except StaleAttemptError as error:
         print(f"leaving: {error}", file=sys.stderr, flush=True)
-        return "superseded"
+        raise SystemExit(EXIT_SUPERSEDED) from None
     except Exception as error:
         _leave_word(run, attempt, rank, error)
         raise
@@ -85,6 +86,7 @@ def _leave_word(run: RunDirectory, attempt: int, rank: int, error: Exception) ->
         "time": time.time(),
         "message": str(error) if isinstance(error, UserError) else message,
         "user_error": isinstance(error, UserError),
+        "final": bool(getattr(error, "final", False)),
         "secondary": bool(_SECONDARY.search(message)),
     }
     folder = Records(run).rank_folder(attempt)

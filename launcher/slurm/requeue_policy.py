@@ -10,12 +10,14 @@ from typing import Any
 
 from launcher.config import ClusterConfig
 from launcher.runs.records import Ending, Verdict
+from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_SUPERSEDED
 
 # endings of these kinds are nobody's fault: they never count as failures
 BLAMELESS = frozenset({"signal", "preempted", "time limit", "requeued", "node lost", "lost"})
 _NAMED = {"PREEMPTION": "preempted", "JOB REQUEUE": "requeued", "TIME LIMIT": "time limit"}
-# srun's words for a task that ended because it was asked to; status 75 is a rank that was asked while starting up
-_ASKED = re.compile(r"Terminated|User defined signal|Interrupt|exit code 75$")
+# srun's words for a task that ended because it was asked to; a rank that was asked while starting up exits
+_ASKED = re.compile(rf"Terminated|User defined signal|Interrupt|exit code {EXIT_STOPPED}$")
+_SUPERSEDED = re.compile(rf"exit code {EXIT_SUPERSEDED}$")
 _EXITED = re.compile(r"Exited with exit code")
 
 
@@ -55,7 +57,8 @@ class Decision:
 
 def decide(facts: Facts, history: Sequence[Ending], step: int, cluster: ClusterConfig) -> Decision:
     """The consequence of an attempt's end. `step` is what a restart would resume from."""
-    if facts.superseded:
+    # a rank may see the newer attempt before this process does
+    if facts.superseded or any(_SUPERSEDED.search(error.what) for error in facts.task_errors):
         return Decision("superseded", "superseded", "a newer attempt or launch has taken over")
     if facts.mark.get("state") == "done":
         return Decision("done", "done", "all steps done")
@@ -92,6 +95,10 @@ def bad_nodes(history: Sequence[Ending], failures: int = 2) -> list[str]:
 def _what_happened(facts: Facts, cluster: ClusterConfig) -> Decision:
     if facts.cause == "CANCELLED":
         return Decision("cancelled", "cancelled", "the job was cancelled")
+    final = next((failure for failure in facts.rank_failures if failure.get("final")), None)
+    if final:
+        # a resumed run is deterministic: it would fail there again, on any node
+        return Decision("failed", "failed", f"rank {final['rank']}: {final['message']}")
     if facts.hang:
         return Decision("requeued", "failure", facts.hang)
     if facts.cause in _NAMED:

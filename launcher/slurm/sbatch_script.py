@@ -20,6 +20,7 @@ from submitit.slurm.slurm import SlurmJob, _make_sbatch_string
 
 from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig, minutes
+from mokd.runs.exit_codes import DECIDED
 
 # how often the batch script itself tries again when not even the supervisor could start: a node without file system
 BARE_RETRIES = 3
@@ -31,13 +32,16 @@ SETUP = [
     "trap 'export MOKD_SIGNALLED=SIGUSR2' USR2",
     "trap : USR1 CONT",
 ]
+# The requeue policy is requeue_policy.py's. The shell keeps the one part that Python cannot: the case that Python, or
+# the file system it lies on, is what did not start.
 TEARDOWN = [
     "rc=$?",
-    "# 0, 2 and 3 are the supervisor's own decision; 138, 140, 143: a signal came before it had handlers;",
+    f"# {', '.join(map(str, DECIDED))} are the supervisor's own decision;",
+    "# 138, 140, 143: a signal came before it had handlers;",
     "# anything else means that it could not do its work",
     'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
     'case "$rc" in',
-    "  0|2|3) again=no ;;",
+    f"  {'|'.join(map(str, DECIDED))}) again=no ;;",
     "  138|140|143) again=yes ;;",
     f'  *) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {BARE_RETRIES} ] && again=yes ;;',
     "esac",

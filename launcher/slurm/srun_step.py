@@ -49,9 +49,10 @@ class Step:
             next_check = time.monotonic() + 2.0
             if superseded():
                 self._kill("a newer attempt has taken over")
-            elif self.hang is None and (silence := self._silence(status, began)):
-                self.hang = silence
-                self._kill(silence, dump=True)
+            elif self.hang is not None:
+                self._kill(self.hang)  # the order may have been lost on its way
+            elif (silence := self._silence(status, began)) and self._kill(silence, dump=True):
+                self.hang = silence  # until the order is taken it is judged anew: the ranks may have come to life again
         listener.join(timeout=5.0)
         return process.returncode
 
@@ -68,16 +69,21 @@ class Step:
             return None
         return f"hang: no sign of life for {limit} s" + ("" if running else " after the start")
 
-    def _kill(self, why: str, dump: bool = False) -> None:
+    def _kill(self, why: str, dump: bool = False) -> bool:
+        """Orders the end of all ranks; whether SLURM has taken the order."""
         print(f"supervisor: ending the ranks: {why}", file=sys.stderr, flush=True)
+        taken = False
         try:
             for step in client.steps(self._job_id):
                 if dump:
                     client.signal_step(step, "ABRT")  # every rank that still can writes where it stands
+                    taken = True  # which may have ended them all
                     time.sleep(1.0)
                 client.signal_step(step, "KILL")
+                taken = True
         except client.SchedulerError as error:
-            print(f"supervisor: {error}", file=sys.stderr, flush=True)
+            print(f"supervisor: {error}{'' if taken else '; asking again'}", file=sys.stderr, flush=True)
+        return taken
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None

@@ -26,6 +26,7 @@ from launcher.slurm.rank_entry import ENTRY, run_rank
 from launcher.slurm.sbatch_script import Script, SupervisedExecutor
 from launcher.slurm.status import current_job
 from mokd.config import RunConfig
+from mokd.distributed.free_port import free_port
 from mokd.runs.files import replace_text
 from mokd.runs.run_directory import RunDirectory
 
@@ -138,12 +139,14 @@ def submit_local(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = 
     records = Records(run)
     launch = records.new_launch("local", cluster.model_dump(mode="json"), run.jobs)
     attempt = run.claim_attempt({"launch": launch.number, "job_id": None, "nodes": socket.gethostname()})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(
         cluster.environment
-        | {"MOKD_ATTEMPT": str(attempt), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONSAFEPATH": "1"}
+        | {
+            "MOKD_ATTEMPT": str(attempt),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "PYTHONSAFEPATH": "1",
+        }
         | {"PYTHONPATH": os.pathsep.join([str(run.path / "code"), *filter(None, [os.environ.get("PYTHONPATH")])])}
     )
     executor = submitit.LocalExecutor(run.jobs)

@@ -3,8 +3,8 @@
     python -m launcher.slurm.supervisor --launch N RUN -- srun ... python -m submitit.core._submit FOLDER
 
 It lives in the batch step, outside the ranks: no death, hang or signal storm among them keeps it from deciding, and it
-decides when the last rank has left, so that a requeue takes nobody's grace time. Exit status: 0 finished or in good
-hands, 2 the user's mistake, 3 failed for good.
+decides when the last rank has left, so that a requeue takes nobody's grace time. Exit status: one of
+`mokd.runs.exit_codes.DECIDED`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
 from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide
 from launcher.slurm.srun_step import Step
-from mokd.runs.run_directory import EXIT_USER, RunDirectory
+from mokd.distributed.free_port import free_port
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_GAVE_UP, EXIT_USER
+from mokd.runs.run_directory import RunDirectory
 
-EXIT_GAVE_UP = 3
 REQUEUE_PATIENCE_SECONDS = 3600.0
 _LISTENED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -61,10 +62,10 @@ class Supervisor:
         """Runs the attempt and acts on its end; returns the batch script's exit status."""
         if self.run.read_status().get("state") == "done":
             _say("this run is done already")
-            return 0
+            return EXIT_DONE
         if self._superseded():
             _say("a newer launch of this run has taken over")
-            return 0
+            return EXIT_DONE
         self._account_for_the_lost()
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         facts = {"launch": self.number, "job_id": self.job_id, "nodes": nodes, "restart": _restart_count()}
@@ -73,7 +74,7 @@ class Supervisor:
         if self.signals:
             return self._conclude(Facts(0, signals=self.signals, seconds_left=self._seconds_left()))
         self._clear_submitit_leftovers(command)
-        step = Step(command, self._environment(), os.environ.get("SLURM_JOB_ID", ""), self.cluster)
+        step = Step(command, self._environment(), self.job_id, self.cluster)
         code = step.run(self.run.path / "status.json", self._superseded)
         mark = self.run.read_status()
         return self._conclude(
@@ -95,7 +96,7 @@ class Supervisor:
         decision = decide(facts, history, step, self.cluster)
         print(f"supervisor: attempt {self.attempt}: {decision.verdict}: {decision.reason}", file=sys.stderr, flush=True)
         if decision.verdict == "superseded":
-            return 0
+            return EXIT_DONE
         ending = self._ending(decision, step)
         self.records.write_ending(ending)
         if decision.verdict == "requeued":
@@ -103,7 +104,7 @@ class Supervisor:
         if decision.verdict == "failed":
             self.run.write_status("failed", self.attempt, reason=decision.reason, step=step)
             return EXIT_USER if decision.kind == "user error" else EXIT_GAVE_UP
-        return 0
+        return EXIT_DONE
 
     def _requeue(self, history: Sequence[Ending]) -> int:
         already = self._job()
@@ -115,7 +116,7 @@ class Supervisor:
             kept = [node for node in (already.excluded if already else "").split(",") if node]
             _say(f"staying away from {', '.join(nodes)}")
             client.exclude(self.job_id, sorted({*kept, *nodes}))
-        return 0
+        return EXIT_DONE
 
     def _ending(self, decision: Decision, step: int) -> Ending:
         return Ending(
@@ -194,14 +195,11 @@ class Supervisor:
             address = client.node_address(node)
         except client.SchedulerError:
             address = socket.gethostname()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
         return {
             **os.environ,
             "MOKD_ATTEMPT": str(self.attempt),
             "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),  # a new one for every attempt: no leftover can join
+            "MASTER_PORT": str(free_port("")),  # a new one for every attempt: no leftover can join
         }
 
     def _clear_submitit_leftovers(self, command: Sequence[str]) -> None:

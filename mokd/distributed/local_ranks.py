@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from mokd.distributed.free_port import free_port
 from mokd.distributed.stopping import STOP_SIGNALS
-from mokd.runs.run_directory import EXIT_STOPPED
+from mokd.runs.exit_codes import EXIT_STOPPED
 
 GRACE_SECONDS = 10.0
 
@@ -30,7 +30,7 @@ def train_locally(directory: Path, count: int) -> int:
 
 def supervise(command: Sequence[str], count: int) -> int:
     """Runs `command` in `count` processes with torchrun's variables; the first failure's status, else theirs."""
-    port = _free_port()
+    port = free_port()
     asked: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -107,9 +107,3 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
 def _status(returncode: int) -> int:
     """A shell's view of an exit status: 128 + n for a process that signal n has ended."""
     return 128 - returncode if returncode < 0 else returncode
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

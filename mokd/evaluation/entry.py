@@ -18,7 +18,7 @@ from mokd.evaluation import results
 from mokd.evaluation.job import Job, Request, perform, prepare, records_of
 from mokd.evaluation.results import Evaluation
 from mokd.optim.precision import set_tf32
-from mokd.runs.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_USER
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER
 
 
 def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,42 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Puts `content` in place of the file `path` by rename, as `replace_text`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = beside_of(path)
     try:
-        with open(beside, "wb") as stream:
-            stream.write(content)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
+        _fill(beside, content, durable)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     if durable:
         sync_file(path.parent)
+
+
+def create_json(path: Path, value: Any) -> None:
+    """Creates the file `path` with `value` as JSON, durably; FileExistsError when somebody else was first.
+
+    It has its whole content from the moment it exists: of several processes that try, on whatever hosts, one wins.
+    """
+    beside = beside_of(path)
+    try:
+        _fill(beside, (json.dumps(value, indent=1) + "\n").encode(), durable=True)
+        os.link(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_file(path.parent)
+
+
+def beside_of(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else uses: other hosts and containers have the same process ids."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def _fill(path: Path, content: bytes, durable: bool) -> None:
+    with open(path, "xb") as stream:
+        stream.write(content)
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def replace_json(path: Path, value: Any, *, durable: bool = False) -> None:

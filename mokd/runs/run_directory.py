@@ -12,12 +12,9 @@ from typing import Any, Literal
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.config import RunConfig, load_config
-from mokd.runs.files import read_json, replace_json, replace_text
+from mokd.runs.files import create_json, read_json, replace_json, replace_text
 
 State = Literal["starting", "running", "stopped", "done", "failed"]
-
-# what a process of a run exits with
-EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 75
 
 
 class StaleAttemptError(RuntimeError):
@@ -104,15 +101,10 @@ class RunDirectory:
         record = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **(facts or {})}
         while True:
             number = self.current_attempt() + 1
-            target = self._attempts / f"{number:04d}.json"
-            beside = self._attempts / f".{number:04d}.{socket.gethostname()}.{os.getpid()}"
-            replace_json(beside, record)
             try:
-                os.link(beside, target)  # fails when somebody else took the number; whole when it succeeds
+                create_json(self._attempts / f"{number:04d}.json", record)
             except FileExistsError:
-                continue
-            finally:
-                beside.unlink(missing_ok=True)
+                continue  # somebody else took the number
             return number
 
     def current_attempt(self) -> int:

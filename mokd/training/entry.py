@@ -17,16 +17,9 @@ from mokd.distributed.local_ranks import leave_at_once
 from mokd.distributed.process_group import Ranks, broadcast_from_main, join, leave, pick_device, ranks_from_environment
 from mokd.distributed.stopping import StopRequest
 from mokd.runs import environment
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
 from mokd.runs.files import replace_json
-from mokd.runs.run_directory import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_STOPPED,
-    EXIT_USER,
-    RunDirectory,
-    StaleAttemptError,
-    State,
-)
+from mokd.runs.run_directory import RunDirectory, StaleAttemptError, State
 from mokd.training.feasibility import check_shard_groups, images_per_rank
 from mokd.training.trainer import Outcome, Trainer
 
@@ -90,7 +83,7 @@ def _cores() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Trains and returns the exit status: 0 done, 75 stopped and resumable, 1 failed, 2 the user's mistake."""
+    """Trains and returns the exit status, one of `mokd.runs.exit_codes`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     # one-pixel-wide strides of depthwise convolutions: DDP copies those few gradients, which costs nothing here
@@ -103,9 +96,12 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
+    except StaleAttemptError as error:
+        print(f"leaving: {error}", file=sys.stderr)
+        return EXIT_SUPERSEDED
     except Exception as error:
         log.exception("%s", error)
-        return EXIT_FAILED
+        return status_of_error(error)
     return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
 
 

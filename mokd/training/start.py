@@ -9,8 +9,9 @@ from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.config import RunConfig
 from mokd.distributed.local_ranks import train_locally
+from mokd.runs.exit_codes import EXIT_USER
 from mokd.runs.files import replace_text
-from mokd.runs.run_directory import EXIT_USER, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from mokd.training.feasibility import check
 
 

@@ -18,8 +18,9 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.schema import dump_yaml
 from mokd.comparison.solo import solo
 from mokd.config import RunConfig
+from mokd.runs.exit_codes import EXIT_STOPPED
 from mokd.runs.metrics import read_metrics
-from mokd.runs.run_directory import EXIT_STOPPED, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from tests.support import ROOT, VIT, tiny_config
 
 

@@ -97,7 +97,8 @@ def test_time_limit_in_many_slices(cluster: Cluster, beton: Path, tmp_path: Path
     assert len(status.restarts) >= 2
     assert {restart["kind"] for restart in status.restarts} == {"time limit"}
     record_property("restarts", len(status.restarts))
-    record_property("lost", 0)
+    record_property("lost", max(lost_steps(run), default=0))
+    assert max(lost_steps(run), default=0) == 0
 
 
 @pytest.mark.fault(4)
@@ -145,4 +146,5 @@ def test_signal_during_start_up(cluster: Cluster, beton: Path, tmp_path: Path, r
     # one that came before the supervisor's handlers is only SLURM's to count
     assert "Restarts=0" not in cluster.run("scontrol", "show", "job", job)
     assert all(restart["kind"] == "signal" for restart in status.restarts)
-    record_property("lost", 0)
+    record_property("lost", max(lost_steps(run), default=0))
+    assert max(lost_steps(run), default=0) == 0

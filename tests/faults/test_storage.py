@@ -12,7 +12,8 @@ import pytest
 
 from launcher.runs.records import checkpoint_step
 from mokd.checkpointing.crash_points import VARIABLE
-from mokd.runs.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs.exit_codes import EXIT_DONE
+from mokd.runs.run_directory import RunDirectory
 from tests.slurm.harness import ROOT, config, logged_steps, weights
 
 Record = Callable[[str, Any], None]

@@ -6,6 +6,7 @@ It counts steps, publishes "checkpoints", leaves the marks that the trainer leav
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,19 @@ from launcher.runs.records import checkpoint_step
 from mokd.runs.run_directory import RunDirectory
 
 
+class FinalError(RuntimeError):
+    final = True
+
+
 def run(directory: Path, stop):
     directory_, plan = RunDirectory(directory), json.loads((directory / "payload.json").read_text())
     attempt, rank = int(os.environ["MOKD_ATTEMPT"]), int(os.environ["RANK"])
     (directory / "where.json").write_text(json.dumps(launcher.slurm.rank_entry.__file__))
     started = step = checkpoint_step(directory_)
+    if step and rank == 0:
+        print(f"resumed at step {step} of {plan['steps']}", file=sys.stderr, flush=True)
+    if plan.get("final_error"):
+        raise FinalError(plan["final_error"])
     if plan.get("user_error"):
         raise UserError(plan["user_error"])
     if os.environ.get("SLURMD_NODENAME") == plan.get("bad_node"):
@@ -33,6 +42,7 @@ def run(directory: Path, stop):
         while rank == 0 and (directory / "hold").exists():
             time.sleep(0.05)
         if rank == 0:
+            print(f"step {step}/{plan['steps']}", file=sys.stderr, flush=True)
             directory_.write_status("running", attempt, step=step, total_steps=plan["steps"], epoch=0)
             if step % plan.get("every", 10) == 0:
                 publish(directory_, step)

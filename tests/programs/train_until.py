@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.loaders.batch import ViewBatch
 from mokd.distributed.stopping import StopRequest
-from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.training import entry
 from mokd.training.trainer import Trainer
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from data_pipeline.core import schema
 from launcher.config import ClusterConfig
+from launcher.runs.logs import log_files
 from launcher.runs.processes import process_start
 from launcher.runs.records import Records, checkpoint_step
 from launcher.slurm.status import FINAL, RunStatus, read_status
-from launcher.slurm.submit import create_run, submit
+from launcher.slurm.submit import create_run, submit, submit_array
 from mokd.config import RunConfig
 from mokd.runs.files import read_json
 from mokd.runs.run_directory import RunDirectory
@@ -136,6 +137,19 @@ def pretend(root: Path, beton: Path, name: str, plan: dict[str, Any], **cluster:
     return run
 
 
+def sweep(
+    configurations: list[RunConfig], root: Path, plan: dict[str, Any] | None = None, **cluster: Any
+) -> list[RunDirectory]:
+    """Submits a job array: of the real trainer, or, with a `plan`, of the payload."""
+    runs = [create_run(configuration, root) for configuration in configurations]
+    if plan is not None:
+        for run in runs:
+            (run.path / "payload.json").write_text(json.dumps(plan))
+    entry = {} if plan is None else {"entry": PAYLOAD}
+    submit_array(runs, root / "sweep", cluster_config(**cluster), "sweep", **entry)
+    return runs
+
+
 def wait_for(what: str, condition: Callable[[], Any], seconds: float = 150.0) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
@@ -173,14 +187,18 @@ def job_of(run: RunDirectory) -> str:
 
 def ranks(run: RunDirectory) -> dict[int, Process]:
     """The run's living ranks."""
-    found = {}
+    found, launch = {}, Records(run).last_launch()
+    assert launch is not None
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
             environment = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue
-        mine = b"submitit.core._submit" in command and str(run.jobs).encode() in command
+        mine = b"submitit.core._submit" in command and launch.folder.encode() in command
+        if array := environment.get(b"SLURM_ARRAY_JOB_ID"):
+            # the runs of a sweep share their folder
+            mine = mine and f"{array.decode()}_{environment[b'SLURM_ARRAY_TASK_ID'].decode()}" == launch.job_id
         if (
             mine
             and b"srun" not in command
@@ -248,7 +266,9 @@ def kill(processes: Iterable[Process], number: signal.Signals = signal.SIGKILL) 
 
 def logs(run: RunDirectory) -> str:
     """Everything that the job has written, for a failing test's report."""
-    return "".join(f"--- {p.name}\n{p.read_text()[-3000:]}\n" for p in sorted(run.jobs.glob("*_log.*")))
+    folders = {Path(launch.folder) for launch in Records(run).launches()}
+    found = [path for folder in folders for path in sorted(folder.glob("*_log.*"))]
+    return "".join(f"--- {path.name}\n{path.read_text()[-3000:]}\n" for path in found)
 
 
 def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
@@ -258,7 +278,7 @@ def attempt_record(run: RunDirectory, attempt: int) -> dict[str, Any]:
 
 def lost_steps(run: RunDirectory) -> list[int]:
     """Steps done twice after each restart: the last step an attempt showed, less the step its successor began with."""
-    text = "".join(path.read_text() for path in sorted(run.jobs.glob("*_0_log.err")))
+    text = "".join(path.read_text() for path in log_files(run, 0) if path.suffix == ".err")
     attempts = re.split(r"^=== attempt \d+.*$", text, flags=re.MULTILINE)[1:]
     reached, lost = 0, []
     for index, part in enumerate(attempts):
@@ -284,3 +304,10 @@ def children(cluster: Cluster, node: str) -> list[Process]:
         except OSError:  # gone meanwhile
             continue
     return found
+
+
+def controller_has_saved(cluster: Cluster, run: RunDirectory) -> None:
+    """Waits until the controller knows the run's job after a `kill -9`: what it has not written down is unheard of."""
+    started = float(attempt_record(run, 1)["time"])
+    saved_state = cluster.state / "ctld" / "job_state"
+    wait_for("the controller to save its state", lambda: saved_state.stat().st_mtime > started + 2.0, 60.0)

@@ -41,6 +41,12 @@ def ended(kind: str, step: int, blamed: tuple[str, ...] = ()) -> Ending:
         (Facts(12, task_errors=[TaskError("n1", "0", "User defined signal 2")]), "requeued", "signal", []),
         (Facts(75, task_errors=[TaskError("n1", "0", "Exited with exit code 75")]), "requeued", "signal", []),
         (Facts(1, rank_failures=[failure(0, "bad key", user_error=True)]), "failed", "user error", []),
+        (Facts(1, rank_failures=[{**failure(1, "loss is not finite"), "final": True}]), "failed", "failed", []),
+        (
+            Facts(1, hang="hang: 5 s", rank_failures=[{**failure(1, "loss is not finite"), "final": True}]),
+            *("failed", "failed", []),
+        ),
+        (Facts(76, task_errors=[TaskError("n1", "0", "Exited with exit code 76")]), "superseded", "superseded", []),
         (Facts(1, hang="hang: 5 s"), "requeued", "failure", []),
         (Facts(1, cause="NODE FAILURE"), "requeued", "node lost", []),
         (Facts(1), "requeued", "failure", []),

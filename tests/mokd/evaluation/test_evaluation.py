@@ -28,8 +28,9 @@ from mokd.evaluation.job import Request
 from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.results import Evaluation
 from mokd.models.backbones import build_backbone
+from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.files import read_json
-from mokd.runs.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from tests.support import RESNET, ROOT, VIT, mokd, tiny_config
 
 EVALUATION = {"evaluation__resize_px": 36, "evaluation__crop_px": 32, "data__workers": 1}

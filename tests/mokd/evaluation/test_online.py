@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from mokd.distributed.local_ranks import supervise, train_locally
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.runs.metrics import read_metrics
-from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from tests.support import tiny_config
 
 STEPS = 10  # 5 steps an epoch

@@ -21,8 +21,9 @@ from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch, BranchLoss
 from mokd.objectives.contrastive import ContrastiveObjective
 from mokd.objectives.contrastive_network import ContrastiveNetwork, Seen
+from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.metrics import read_metrics
-from mokd.runs.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from mokd.training.feasibility import check
 from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, losses_of, single_branch, tiny_config
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from data_pipeline.core.schema import dump_yaml
 from mokd.distributed.local_ranks import supervise, train_locally
-from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED, RunDirectory
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
+from mokd.runs.run_directory import RunDirectory
 from tests.support import CONTRASTIVE, RESNET, ROOT, tiny_config
 
 STEPS = 12  # 5 steps an epoch: the interruption after step 7 lies inside the second epoch
