@@ -69,7 +69,7 @@ class WorkProgress:
             return
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._started, 1e-9)
-        parts = [f"{done} of {total}", facts]
+        parts = [self._count(done, total), facts]
         if done > self._first:
             parts[1:1] = [f"{rate:.0f}/s"] * self._per_second + [f"ETA {duration((total - done) / rate)}"]
         text = "  ".join(part for part in parts if part)
@@ -77,7 +77,10 @@ class WorkProgress:
             self._bar.update(self._task, completed=done, total=total, facts=text)
         elif now - self._told >= self._every or done >= total:
             self._told = now
-            self.say(f"{self._title}: {text}")
+            self.say(text)
+
+    def _count(self, done: int, total: int) -> str:
+        return f"{done} of {total}" if self._bar is not None else f"{self._title}: {done} of {total}"
 
     def say(self, text: str) -> None:
         """One line, above the live one."""
@@ -96,6 +99,9 @@ class TrainingProgress(WorkProgress):
     def __init__(self, total_steps: int, done: int) -> None:
         super().__init__("train", done=done, every_seconds=0.0, per_second=False)
         self._total = total_steps
+
+    def _count(self, done: int, total: int) -> str:
+        return f"step {done}/{total}"
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the newest logged values."""
