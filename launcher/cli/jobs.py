@@ -13,6 +13,7 @@ from launcher.cli.cluster_options import Flags, with_cluster_options
 from launcher.cli.console import find_config, messages, print_json, print_table
 from launcher.cli.train import Solo
 from launcher.config import ClusterConfig, load_cluster
+from launcher.runs.goodput import goodput
 from launcher.runs.records import Records
 from launcher.slurm.status import FINAL, RunStatus, find_runs, read_status
 from mokd.comparison.solo import load_run_config
@@ -154,11 +155,14 @@ def status(
 ) -> None:
     """Show what runs are doing: state, nodes, restarts and why, progress, speed, age of the last checkpoint."""
     if run is not None:
-        found = read_status(open_run(run, root))
+        directory = open_run(run, root)
+        found, account = read_status(directory), goodput(directory)
         if as_json:
-            print_json(found.to_json())
+            print_json({**found.to_json(), "goodput": account.to_json()})
         else:
             _print_one(found)
+            if account.attempts:
+                print(f"goodput: {account.line()}")
         return
     every = [read_status(directory) for directory in find_runs(root)]
     if as_json:

@@ -56,6 +56,8 @@ class Ending:
     blamed: list[str] = field(default_factory=list)
     started: float = 0.0
     ended: float = 0.0
+    first_step: int = 0  # that the attempt resumed from
+    last_step: int = 0  # that it is known to have done
 
 
 class Records:

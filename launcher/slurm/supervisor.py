@@ -22,6 +22,7 @@ from types import FrameType
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig, minutes
+from launcher.runs.goodput import steps_done
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
@@ -68,7 +69,13 @@ class Supervisor:
             return EXIT_DONE
         self._account_for_the_lost()
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-        facts = {"launch": self.number, "job_id": self.job_id, "nodes": nodes, "restart": _restart_count()}
+        facts = {
+            "launch": self.number,
+            "job_id": self.job_id,
+            "nodes": nodes,
+            "restart": _restart_count(),
+            "step": checkpoint_step(self.run),
+        }
         self.attempt = self.run.claim_attempt(facts)
         self.run.write_status("starting", self.attempt, step=checkpoint_step(self.run), nodes=nodes)
         if self.signals:
@@ -131,6 +138,8 @@ class Supervisor:
             blamed=decision.blamed,
             started=self.started,
             ended=time.time(),
+            first_step=int(self.records.attempt_facts(self.attempt).get("step", 0)),
+            last_step=steps_done(self.run, self.attempt),
         )
 
     def _account_for_the_lost(self) -> None:
@@ -149,9 +158,17 @@ class Supervisor:
             )
             ending = Ending(
                 attempt, facts["launch"], "requeued", "lost", reason, checkpoint_step(self.run), facts["job_id"],
-                facts["nodes"], [], facts["time"], time.time(),
+                facts["nodes"], [], facts["time"], self._last_sign(attempt), facts.get("step", 0),
+                steps_done(self.run, attempt),
             )  # fmt: skip
             self.records.write_ending(ending)
+
+    def _last_sign(self, attempt: int) -> float:
+        """When an attempt that left no ending was last heard of."""
+        status = self.run.read_status()
+        return float(
+            status["time"] if status.get("attempt") == attempt else self.records.attempt_facts(attempt)["time"]
+        )
 
     def _superseded(self) -> bool:
         newest = self.records.last_launch()
