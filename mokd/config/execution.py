@@ -46,6 +46,12 @@ class PrecisionConfig(StrictModel):
 class ParallelConfig(StrictModel):
     """How the ranks share the work."""
 
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Field(
+            description="auto: GPUs, and CPUs only where no scheduler was asked for any; under SLURM cpu must be said"
+        ),
+    ] = "auto"
     strategy: Annotated[
         Literal["ddp", "fsdp"],
         Field(description="ddp: all state on every rank; fsdp: weights and states split over ranks"),
