@@ -67,7 +67,7 @@ class Cluster:
         for folder in ("", "munge", "ctld", "log", *(f"spool-{name}" for name in options.node_names())):
             (self.state / folder).mkdir(parents=True, exist_ok=True, mode=0o755)
         (self.state / ".gitignore").write_text("*\n")
-        for path in sum(gpu_files(self.state, options).values(), []):
+        for path in (path for paths in gpu_files(self.state, options).values() for path in paths):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.is_symlink():
                 path.symlink_to("/dev/null")  # slurmd insists on a device

@@ -55,8 +55,8 @@ def examine_allocation(cluster: ClusterConfig, here: Surroundings) -> list[Repor
     reports = read_reports(done.stdout)
     if len(reports) != cluster.nodes:
         raise UserError(
-            f"{len(reports)} of {cluster.nodes} nodes answered (srun left with status {done.returncode}; its lines above "
-            "say why)"
+            f"{len(reports)} of {cluster.nodes} nodes answered (srun left with status {done.returncode}; its lines "
+            "above say why)"
         )
     return sorted(reports, key=lambda report: report.node)
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launcher.doctor.finding import Finding, Surroundings, ok
+from launcher.doctor.finding import Finding, Level, Surroundings, ok
 
 MIB = 2**20
 SHM_LEAST_BYTES, SHM_ENOUGH_BYTES = 512 * MIB, 4096 * MIB  # a container's default of 64 MiB ends loaders with SIGBUS
@@ -30,7 +30,7 @@ def shared_memory(here: Surroundings) -> Finding:
     text = f"{here.shm}: {size // MIB} MiB, {space.f_bavail * space.f_frsize // MIB} free"
     if size >= SHM_ENOUGH_BYTES:
         return ok("shared memory", text)
-    level = "problem" if size < SHM_LEAST_BYTES else "warning"
+    level: Level = "problem" if size < SHM_LEAST_BYTES else "warning"
     return Finding(
         "shared memory", level, text, f"mount -o remount,size=16G {here.shm}; in a container: --shm-size=16g"
     )

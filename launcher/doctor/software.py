@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_pipeline.core.native_library import built
-from launcher.doctor.finding import Finding, Surroundings, last_line, ok
+from launcher.doctor.finding import Finding, Level, Surroundings, last_line, ok
 
 TORCH = (2, 11)
 PACKAGES = ("data_pipeline", "mokd")
@@ -43,7 +43,7 @@ def torch(here: Surroundings) -> Finding:
 
 def compiler(here: Surroundings) -> Finding:
     """Triton builds a small driver with the C compiler and Python.h when its first kernel starts."""
-    level = "problem" if here.wants_gpus else "warning"
+    level: Level = "problem" if here.wants_gpus else "warning"
     candidates = [here.environ["CC"].split()[0]] if here.environ.get("CC") else ["gcc", "clang", "cc"]
     found = [path for name in candidates if (path := shutil.which(name, path=here.environ.get("PATH", "")))]
     if not found:
@@ -66,7 +66,7 @@ def ffcv(here: Surroundings) -> Finding:
     done = here.python("import ffcv, ffcv.libffcv; from importlib.metadata import version; print(version('ffcv'))")
     if done.returncode == 0:
         return ok("ffcv", done.stdout.strip())
-    level = "problem" if here.backend == "ffcv" else "warning"
+    level: Level = "problem" if here.backend == "ffcv" else "warning"
     mend = "apt-get install libturbojpeg0-dev libopencv-dev && make setup; or set data.backend=torchvision"
     return Finding("ffcv", level, f"cannot be imported: {last_line(done.stderr)}", mend)
 

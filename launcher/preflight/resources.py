@@ -55,7 +55,7 @@ def fit(cluster: ClusterConfig, device: str, partitions: Sequence[Partition]) ->
         return cluster  # of a partition that sinfo does not show, sbatch itself has the last word
     node = chosen.kind(cluster.nodes, wants)
     update: dict[str, Any] = {}
-    if wants and cluster.partition is None and not chosen.default:
+    if wants and cluster.partition is None:
         update["partition"] = chosen.name
     if "gpus_per_node" not in said:
         update["gpus_per_node"] = node.gpus if wants else 0

@@ -38,7 +38,7 @@ class Partition:
         return sum(kind.nodes * kind.gpus for kind in self.kinds)
 
     def kind(self, nodes: int, gpus: bool) -> NodeKind:
-        """The nodes to ask for: with the most GPUs (or cores), of kinds that are there in that number if there are any."""
+        """The nodes to ask for: with the most GPUs (or cores), of those that there are enough of, if any."""
         enough = [kind for kind in self.kinds if kind.nodes >= nodes] or list(self.kinds)
         return max(enough, key=lambda kind: (kind.gpus if gpus else 0, kind.cores, kind.memory_mb))
 
@@ -70,8 +70,8 @@ def parse(text: str) -> list[Partition]:
 def count_gpus(gres: str) -> int:
     """GPUs in a GRES text.
 
-    >>> count_gpus("gpu:4"), count_gpus("gpu:a100:8(S:0-1),nvme:1"), count_gpus("gpu:1,gpu:h100:2"), count_gpus("(null)")
-    (4, 8, 3, 0)
+    >>> [count_gpus(text) for text in ("gpu:4", "gpu:a100:8(S:0-1),nvme:1", "gpu:1,gpu:h100:2", "(null)")]
+    [4, 8, 3, 0]
     """
     bare = re.sub(r"\([^)]*\)", "", gres)
     return sum(int(match["count"] or 1) for match in _GPU.finditer(bare))

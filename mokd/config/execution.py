@@ -48,9 +48,7 @@ class ParallelConfig(StrictModel):
 
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
-        Field(
-            description="auto: GPUs, and CPUs only where no scheduler was asked for any; under SLURM cpu must be said"
-        ),
+        Field(description="auto: GPUs where there are any; under SLURM CPUs are used only when cpu is said"),
     ] = "auto"
     strategy: Annotated[
         Literal["ddp", "fsdp"],

@@ -81,7 +81,7 @@ def why_no_gpu(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> st
         return "libcuda.so.1 cannot be loaded: the driver's library is missing from this node or container"
     if driver < tuple(int(part) for part in built_for.split("."))[:1]:
         text = ".".join(map(str, driver))
-        return f"the driver knows CUDA {text}, torch needs {built_for}: update the driver, or install torch for CUDA {text}"
+        return f"the driver knows CUDA {text}, torch needs {built_for}: update it, or install torch for CUDA {text}"
     try:
         torch.cuda.init()
     except Exception as error:  # whatever CUDA says is the best there is
