@@ -39,7 +39,7 @@ def srun_command(cluster: ClusterConfig, here: Surroundings) -> list[str]:
     python = shlex.join([sys.executable, "-m", "launcher.doctor.examination", *arguments(here)])
     # the site's own lines first, as in the batch script
     script = "\n".join([*cluster.setup, f"exec {python}"])
-    return ["srun", "--label", "--unbuffered", *options, *cluster.srun, "bash", "-c", script]
+    return ["srun", "--label", *options, *cluster.srun, "bash", "-c", script]
 
 
 def examine_allocation(cluster: ClusterConfig, here: Surroundings) -> list[Report]:
