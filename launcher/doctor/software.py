@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -81,10 +80,11 @@ def native_libraries(here: Surroundings) -> Finding:
         path = built(folder)
         if path is None:
             return Finding("native libraries", "problem", f"{folder}: the compiled part was not built", "make setup")
-        try:
-            ctypes.CDLL(str(path))
-        except OSError as error:
-            return Finding("native libraries", "problem", f"{path}: cannot be loaded ({error})", "make setup")
+        # torch first, as wherever it is used: it brings the OpenMP library
+        done = here.python(f"import torch, ctypes; ctypes.CDLL({str(path)!r})")
+        if done.returncode:
+            message = f"{path}: cannot be loaded: {last_line(done.stderr)}"
+            return Finding("native libraries", "problem", message, "make setup")
     return ok("native libraries", ", ".join(folder.name for folder in folders))
 
 
