@@ -21,7 +21,8 @@ from benchmarks.step import PACKAGES, SOURCES
 from data_pipeline.core.errors import DataError, UserError
 from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
-from mokd.distributed.process_group import Ranks, pick_device
+from mokd.distributed.accelerators import pick_device
+from mokd.distributed.process_group import Ranks
 
 _NO_ROOM = re.compile(r"out of memory|allocate memory|MemoryError|bad_alloc", re.IGNORECASE)
 _SMALLEST = 2  # batch statistics of one image are no statistics

@@ -22,8 +22,9 @@ from benchmarks.step_ours import Pair
 from data_pipeline.core.errors import DataError
 from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
+from mokd.distributed.accelerators import pick_device
 from mokd.distributed.local_ranks import supervise
-from mokd.distributed.process_group import Ranks, pick_device
+from mokd.distributed.process_group import Ranks
 from mokd.objectives.branch import Branch
 
 WORLDS = (1, 2, 4)

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.step_ours import FIRST_STEP, Clock, OurStep, Pair, synchronise
 from mokd.config import load_config
-from mokd.distributed.process_group import barrier, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.accelerators import pick_device
+from mokd.distributed.process_group import barrier, join, leave, ranks_from_environment
 from mokd.training.entry import leave_at_once
 
 

@@ -27,7 +27,8 @@ from benchmarks.step_plain import PlainStep
 from data_pipeline.core.errors import DataError
 from data_pipeline.core.schema import dump_yaml
 from mokd.config import RunConfig
-from mokd.distributed.process_group import Ranks, pick_device
+from mokd.distributed.accelerators import pick_device
+from mokd.distributed.process_group import Ranks
 
 Say = Callable[[str], None]
 Step = Callable[[Sequence[Tensor], int], list[dict[str, Any]]]

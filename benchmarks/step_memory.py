@@ -16,7 +16,8 @@ import torch
 from benchmarks.step_ours import FIRST_STEP, OurStep, Pair
 from benchmarks.step_plain import PlainStep
 from mokd.config import load_config
-from mokd.distributed.process_group import Ranks, pick_device
+from mokd.distributed.accelerators import pick_device
+from mokd.distributed.process_group import Ranks
 
 STEPS = 3
 _NEVER_TOUCHED = 512 << 20  # bytes that libraries reserve on a CPU, about, and that cost no memory

@@ -22,6 +22,7 @@ OWN_PARAMETERS = frozenset(
         *("signal", "time", "wrap"),
     }
 )
+DEFAULT_SITE = "default"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -147,13 +148,17 @@ def sites_folder() -> Path:
 def load_cluster(section: Mapping[str, Any], flags: Mapping[str, Any], source: str) -> ClusterConfig:
     """The section with the site's profile below it and the command line's flags on top.
 
+    Where no site is named, the profile `default` is used if there is one; `site: null` declines it.
     Mappings (`sbatch`, `environment`) are merged key by key; everything else is replaced.
     """
     given = {key: value for key, value in flags.items() if value is not None}
-    site = given.get("site", section.get("site"))
+    usual = DEFAULT_SITE if (sites_folder() / f"{DEFAULT_SITE}.yaml").is_file() else None
+    site = given.get("site", section.get("site", usual))
     profile: Mapping[str, Any] = {}
     if site is not None:
-        path = _profile(str(site))
+        path = site_file(str(site))
+        if not path.is_file():
+            raise UserError(f"cluster.site '{site}': no profile {path}; {_known_sites()}")
         profile = schema.read_yaml(path)
         schema.validate(ClusterConfig, dict(profile), str(path))
         source = f"{source} with site {site}"
@@ -165,12 +170,18 @@ def load_cluster(section: Mapping[str, Any], flags: Mapping[str, Any], source: s
     return schema.validate(ClusterConfig, merged, f"{source}: cluster")
 
 
-def _profile(site: str) -> Path:
+def site_file(site: str) -> Path:
+    """Where a profile lies, or would lie; UserError for a name that is none."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", site):
         raise UserError(f"cluster.site '{site}': the name of a profile, letters, digits, '.', '_' and '-'")
-    path = sites_folder() / f"{site}.yaml"
-    if not path.is_file():
-        known = sorted(found.stem for found in sites_folder().glob("*.yaml"))
-        hint = f"there are: {', '.join(known)}" if known else "slurm/sites/ has examples to copy there"
-        raise UserError(f"cluster.site '{site}': no profile {path}; {hint}")
-    return path
+    return sites_folder() / f"{site}.yaml"
+
+
+def site_names() -> list[str]:
+    """The profiles of this user."""
+    return sorted(found.stem for found in sites_folder().glob("*.yaml"))
+
+
+def _known_sites() -> str:
+    known = site_names()
+    return f"there are: {', '.join(known)}" if known else "write one with: mokd site init --name NAME"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from slurm.config import Options, slurm_conf
+from slurm.config import Options, gpu_files, gres_conf, slurm_conf
 
 DEFAULT_STATE = Path(__file__).resolve().parents[1] / ".slurm"
 ETC_LINK = Path("/etc/slurm/slurm.conf")
@@ -67,7 +67,12 @@ class Cluster:
         for folder in ("", "munge", "ctld", "log", *(f"spool-{name}" for name in options.node_names())):
             (self.state / folder).mkdir(parents=True, exist_ok=True, mode=0o755)
         (self.state / ".gitignore").write_text("*\n")
+        for path in (path for paths in gpu_files(self.state, options).values() for path in paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_symlink():
+                path.symlink_to("/dev/null")  # slurmd insists on a device
         self.conf.write_text(slurm_conf(self.state, options))
+        (self.state / "gres.conf").write_text(gres_conf(self.state, options))
         (self.state / "options.json").write_text(json.dumps(asdict(options)))
         key = self.state / "munge/key"
         if not key.exists():

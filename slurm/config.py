@@ -15,6 +15,7 @@ class Options:
     """The knobs that a test or a curious developer may want to turn."""
 
     nodes: int = 4
+    gpus: int = 4  # of each node: links to /dev/null that SLURM grants like real ones; nothing computes there
     send_user_signal: bool = False  # preemption sends the job's own --signal instead of SIGTERM
     grace_seconds: int = 30  # between that signal and the requeue
     kill_wait_seconds: int = 30  # between SIGTERM and SIGKILL
@@ -47,6 +48,7 @@ def slurm_conf(state: Path, options: Options) -> str:
         f"AuthType=auth/munge\nAuthInfo=socket={state}/munge/socket,cred_expire=5",
         "CredType=cred/munge",
         "MpiDefault=none",
+        *(["GresTypes=gpu"] if options.gpus else []),
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
         "SelectType=select/cons_tres",
@@ -70,10 +72,11 @@ def slurm_conf(state: Path, options: Options) -> str:
         "ReturnToService=2",
         "JobRequeue=1",
     ]
+    gres = f"Gres=gpu:{options.gpus} " if options.gpus else ""
     for index, name in enumerate(options.node_names(), start=1):
         lines.append(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={options.port + index} "
-            f"CPUs={CPUS_PER_NODE} RealMemory=2000 State=UNKNOWN"
+            f"CPUs={CPUS_PER_NODE} RealMemory=2000 {gres}State=UNKNOWN"
         )
     shared = f"Nodes={','.join(options.node_names())} MaxTime=INFINITE State=UP"
     lines += [
@@ -81,3 +84,14 @@ def slurm_conf(state: Path, options: Options) -> str:
         f"PartitionName=high {shared} PriorityTier=10 PreemptMode=OFF",
     ]
     return "\n".join(lines) + "\n"
+
+
+def gpu_files(state: Path, options: Options) -> dict[str, list[Path]]:
+    """What stands in for the device files of each node's GPUs."""
+    return {name: [state / "gpus" / name / f"gpu{i}" for i in range(options.gpus)] for name in options.node_names()}
+
+
+def gres_conf(state: Path, options: Options) -> str:
+    """The text of gres.conf: which files are whose GPUs."""
+    files = gpu_files(state, options)
+    return "".join(f"NodeName={node} Name=gpu File={path}\n" for node, paths in files.items() for path in paths)

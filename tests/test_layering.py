@@ -19,7 +19,7 @@ ROOMS = {
         *("config", "runs", "distributed", "losses.kernels", "losses", "models", "optim", "objectives"),
         *("parallel", "checkpointing", "evaluation", "training", "comparison"),
     ),
-    "launcher": ("config", "runs", "slurm", "preflight", "cli"),
+    "launcher": ("config", "runs", "slurm", "preflight", "doctor", "cli"),
 }
 OUTSIDE = ("tests", "benchmarks")
 

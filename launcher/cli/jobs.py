@@ -50,15 +50,23 @@ def launch(
     root: Root = Path("runs"),
     local: Local = False,
     dry_run: DryRun = False,
+    check: Annotated[bool, typer.Option("--check", help="run `mokd doctor` on every node the run would get")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a run to SLURM: checked first, with a snapshot of the code, requeued until it is done."""
+    from launcher.cli.doctor import check_nodes
     from launcher.preflight.checks import examine
+    from launcher.preflight.resources import settle
     from launcher.runs import sweep as sweeps
 
     path = find_config(config)
     resolved = load_run_config(path, overrides or [], solo)
     cluster = load_cluster(resolved.cluster, flags, str(path))
+    if not local:
+        cluster = settle(cluster, resolved.parallel.device)
+    if check:
+        _need_slurm(local=False)
+        raise typer.Exit(check_nodes(resolved, cluster, root, as_json=as_json))
     _show_findings(examine(resolved, cluster, root))
     if sweep:
         name = resolved.name
@@ -129,6 +137,7 @@ def resume(
 ) -> None:
     """Launch a run again from its newest checkpoint, if need be on another number of nodes."""
     from launcher.preflight.checks import examine
+    from launcher.preflight.resources import settle
     from launcher.slurm import submit
 
     directory = open_run(run)
@@ -136,8 +145,11 @@ def resume(
         raise UserError(f"{directory.path}: this run is done; there is nothing to resume")
     config, last = directory.config(), Records(directory).last_launch()
     # as launched last; with another site, as the configuration says
-    section = last.cluster if last and "site" not in flags else config.cluster
-    cluster = load_cluster({k: v for k, v in section.items() if k != "site"}, flags, str(directory.config_file))
+    as_before = last is not None and "site" not in flags
+    section = {**last.cluster, "site": None} if last and as_before else config.cluster
+    cluster = load_cluster(section, flags, str(directory.config_file))
+    if not local and not as_before:
+        cluster = settle(cluster, config.parallel.device)
     _show_findings(examine(config, cluster, directory.path.parent, directory))
     if dry_run:
         number = (last.number if last else 0) + 1

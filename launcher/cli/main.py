@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from data_pipeline.core.errors import DataError, UserError
-from launcher.cli import bench, compare, data, evaluate, jobs, train
+from launcher.cli import bench, compare, data, doctor, evaluate, jobs, site, train
 from launcher.cli.console import messages
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ evaluate.register(app)
 jobs.register(app)
 compare.register(app)
 bench.register(app)
+doctor.register(app)
+site.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig
 from launcher.preflight.memory import estimate_bytes
+from launcher.preflight.resources import describe
 from launcher.runs.records import checkpoint_step
 from launcher.slurm import client
 from launcher.slurm.sbatch_script import Script
@@ -39,8 +40,7 @@ def examine(config: RunConfig, cluster: ClusterConfig, root: Path, run: RunDirec
     _check_output(root, findings)
     _check_paths(config, findings)
     _check_lead(config, cluster, run, findings)
-    findings.facts["world size"] = f"{cluster.nodes} nodes x {cluster.ranks_per_node} ranks"
-    findings.facts["images per rank and step"] = str(config.optim.global_batch // cluster.world_size)
+    findings.facts["job"] = describe(config, cluster)
     if cluster.gpus_per_node:
         findings.facts["memory per GPU"] = f"about {estimate_bytes(config, cluster.world_size) / 2**30:.0f} GiB"
     if cluster.gpus_per_node and cluster.ranks_per_node != cluster.gpus_per_node:

@@ -116,6 +116,11 @@ def node_address(node: str) -> str:
     return match[1] if match else node
 
 
+def ask(*command: str) -> str:
+    """The output of one of SLURM's commands that only ask; SchedulerError."""
+    return _command(*command)
+
+
 def _parse(job_id: str, line: str) -> Job:
     def field(name: str) -> str:
         match = re.search(rf"(?:^| ){name}=(\S*)", line)

@@ -57,13 +57,15 @@ def parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
     extra: dict[str, Any] = {"requeue": True}
     # `true` is a flag, `false` leaves a site's flag out
     extra |= {key.replace("_", "-"): value for key, value in cluster.sbatch.items() if value is not False}
-    exports = [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
+    # the ranks refuse to train on CPUs instead
+    exports = [f"export MOKD_GPUS_PER_NODE={cluster.gpus_per_node}"]
+    exports += [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
     optional = {
         key: getattr(cluster, key)
         for key in ("partition", "account", "qos", "constraint", "exclude")
         if getattr(cluster, key) is not None
     }
-    if cluster.gpus_per_node:
+    if cluster.gpus_per_node and "gres" not in cluster.sbatch:  # where a site wants them asked for as `gres`
         optional["gpus_per_node"] = cluster.gpus_per_node
     return {
         "job_name": name,

@@ -46,6 +46,10 @@ class PrecisionConfig(StrictModel):
 class ParallelConfig(StrictModel):
     """How the ranks share the work."""
 
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Field(description="auto: GPUs where there are any; under SLURM CPUs are used only when cpu is said"),
+    ] = "auto"
     strategy: Annotated[
         Literal["ddp", "fsdp"],
         Field(description="ddp: all state on every rank; fsdp: weights and states split over ranks"),

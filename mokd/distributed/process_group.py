@@ -88,15 +88,6 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int:
     return counts[node] if node < len(counts) else 1
 
 
-def pick_device(ranks: Ranks) -> torch.device:
-    """This rank's accelerator, or the CPU."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
-
-
 def join(ranks: Ranks, device: torch.device, timeout_seconds: float) -> None:
     """Joins the process group (NCCL on GPUs, gloo on CPUs); nothing to do for a single process."""
     if ranks.world_size == 1 or dist.is_initialized():

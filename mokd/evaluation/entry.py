@@ -12,8 +12,9 @@ import sys
 import torch
 
 from data_pipeline.core.errors import DataError, UserError
+from mokd.distributed.accelerators import pick_device
 from mokd.distributed.local_ranks import leave_at_once, supervise
-from mokd.distributed.process_group import barrier, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.process_group import barrier, join, leave, ranks_from_environment
 from mokd.evaluation import results
 from mokd.evaluation.job import Job, Request, perform, prepare, records_of
 from mokd.evaluation.results import Evaluation

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.core.errors import UserError
+from mokd.distributed.accelerators import pick_device, promised_gpus
 from mokd.distributed.local_ranks import leave_at_once
-from mokd.distributed.process_group import Ranks, broadcast_from_main, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.process_group import Ranks, broadcast_from_main, join, leave, ranks_from_environment
 from mokd.distributed.stopping import StopRequest
 from mokd.runs import environment
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
@@ -43,7 +44,7 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     config = directory_.config()
     images_per_rank(config, ranks.world_size)
     check_shard_groups(config, ranks.world_size)
-    device = pick_device(ranks)
+    device = pick_device(ranks, config.parallel.device, promised_gpus(ranks))
     torch.set_num_threads(config.parallel.threads_per_rank or max(1, _cores() // ranks.local_size))
     join(ranks, device, config.parallel.timeout_seconds)
     attempt = _claim(directory_, ranks)

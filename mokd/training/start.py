@@ -54,11 +54,13 @@ def train(config: RunConfig, root: Path, *, resume: bool, nproc: int) -> tuple[R
 
 
 def _train_as_rank(config: RunConfig, root: Path, resume: bool) -> tuple[RunDirectory, int]:
-    from mokd.distributed.process_group import broadcast_from_main, join, pick_device, ranks_from_environment
+    from mokd.distributed.accelerators import pick_device, promised_gpus
+    from mokd.distributed.process_group import broadcast_from_main, join, ranks_from_environment
     from mokd.training.entry import main
 
     ranks = ranks_from_environment()
-    join(ranks, pick_device(ranks), config.parallel.timeout_seconds)
+    device = pick_device(ranks, config.parallel.device, promised_gpus(ranks))
+    join(ranks, device, config.parallel.timeout_seconds)
     problem: str | None = None
     if ranks.is_main:  # one rank prepares the directory, all hear whether it worked
         try:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from data_pipeline.core import schema
 from mokd.checkpointing import state
 from mokd.config import RunConfig
-from mokd.distributed.process_group import barrier, join, leave, pick_device, ranks_from_environment
+from mokd.distributed.accelerators import pick_device
+from mokd.distributed.process_group import barrier, join, leave, ranks_from_environment
 from mokd.distributed.sharding import piece
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective

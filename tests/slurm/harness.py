@@ -107,7 +107,7 @@ def config(beton: Path, name: str, *, epochs: int = 3, every: int = 4, **changes
             },
         ],
         "optim": {"epochs": epochs, "global_batch": BATCH, "warmup_epochs": 1},
-        "parallel": {"threads_per_rank": 1, "timeout_seconds": 60.0},
+        "parallel": {"device": "cpu", "threads_per_rank": 1, "timeout_seconds": 60.0},
         "checkpoint": {"every_steps": every},
         "logging": {"every_steps": 1},
     }
