@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from data_pipeline.core.errors import DataError, UserError
-from launcher.cli import bench, compare, data, doctor, evaluate, jobs, site, train
+from launcher.cli import bench, compare, data, doctor, evaluate, export, jobs, site, train
 from launcher.cli.console import messages
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ train.register(app)
 evaluate.register(app)
 jobs.register(app)
 compare.register(app)
+export.register(app)
 bench.register(app)
 doctor.register(app)
 site.register(app)

@@ -101,13 +101,8 @@ def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Modu
     options: dict[str, Any] = {"num_classes": 0, **config.backbone_options}
     if drop_path:
         options["drop_path_rate"] = drop_path
-    attempts: tuple[dict[str, Any], ...] = (
-        {"dynamic_img_size": True, "img_size": image_px},
-        {"img_size": image_px},
-        {},
-    )
     error: Exception | None = None
-    for extra in attempts:
+    for extra in _size_options(image_px):
         try:
             net = timm.create_model(config.backbone, pretrained=False, **{**extra, **options})
             break
@@ -120,6 +115,24 @@ def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Modu
     if config.stem != "default":
         _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], entry)
     return net
+
+
+def _size_options(image_px: int) -> tuple[dict[str, Any], ...]:
+    """What timm's architectures may take to learn of the size of images, most telling first."""
+    return {"dynamic_img_size": True, "img_size": image_px}, {"img_size": image_px}, {}
+
+
+def timm_arguments(config: BranchConfig, image_px: int) -> dict[str, Any]:
+    """What `timm.create_model` takes besides the name for the network that `create_net` builds, for a known branch."""
+    options = {"num_classes": 0, **config.backbone_options}
+    with torch.device("meta"):
+        for extra in _size_options(image_px):
+            try:
+                timm.create_model(config.backbone, pretrained=False, **{**extra, **options})
+            except TypeError:
+                continue
+            return {**extra, **options}
+    raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them")
 
 
 def build_backbone(config: BranchConfig, image_px: int, *, drop_path: float, images_per_rank: int) -> Backbone:

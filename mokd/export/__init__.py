@@ -1,0 +1,1 @@
+"""Trained networks as files that load with nothing of this project installed."""

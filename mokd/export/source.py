@@ -1,0 +1,71 @@
+"""What is taken home: one network of a run with all that a file of it has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.core.errors import UserError
+from mokd.checkpointing.state import branch_file
+from mokd.config import BranchConfig, RunConfig
+from mokd.evaluation import subjects
+from mokd.models.backbones import Backbone, timm_arguments
+from mokd.runs.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Source:
+    """A branch's student or teacher at a step of a run, on the CPU, in evaluation mode."""
+
+    run: RunDirectory
+    config: RunConfig
+    branch: BranchConfig
+    network: str
+    step: int
+    checkpoint: Path
+    backbone: Backbone
+
+    @property
+    def image_px(self) -> int:
+        """The side of the images that the network was built for."""
+        return self.config.views.global_crops.size_px
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """What `timm.create_model` takes besides the name."""
+        return timm_arguments(self.branch, self.image_px)
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """The state dict of the whole network, heads included; the backbone's keys begin with `backbone.net.`."""
+        prefix = f"{self.network}."
+        saved = load_file(self.checkpoint / f"{branch_file(self.branch.name)}.safetensors")
+        return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How images become the network's input, as `mokd eval` prepares them."""
+        views, evaluation = self.config.views, self.config.evaluation
+        return {
+            "channels": "RGB",
+            "range": [0.0, 1.0],
+            "mean": list(views.mean),
+            "std": list(views.std),
+            "resize_px": evaluation.resize_px,
+            "crop_px": evaluation.crop_px,
+            "interpolation": "bicubic",
+        }
+
+
+def open_source(run: RunDirectory, branch: str | None, network: str) -> list[Source]:
+    """One branch of a run at its newest checkpoint, or all of them. UserError when there is no such thing."""
+    if network not in ("student", "teacher"):
+        raise UserError(f"--network {network}: student or teacher")
+    config = run.config()
+    wanted = subjects.chosen(subjects.from_run(run, config, network), [branch] if branch else [])
+    by_name = {branch.name: branch for branch in config.branches}
+    return [
+        Source(run, config, by_name[s.name], network, s.step, Path(s.checkpoint), s.load().eval().requires_grad_(False))
+        for s in wanted
+    ]

@@ -1,0 +1,127 @@
+"""Exports are read back in processes of their own; what cannot be exported is refused and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.core.errors import UserError
+from mokd.export import formats
+from mokd.export.export import export
+from mokd.export.source import open_source
+from mokd.runs.run_directory import RunDirectory
+from mokd.training.start import train
+from tests.support import RESNET, ROOT, VIT, mokd, tiny_config
+
+PLAIN = {key: value for key, value in RESNET.items() if key != "backbone_options"}
+BRANCHES = [
+    {**PLAIN, "name": "resnet18", "backbone": "resnet18"},
+    VIT,
+    {**PLAIN, "name": "convnext", "backbone": "convnext_atto", "backbone_options": {"depths": [1, 1, 1, 1]}},
+    {**RESNET, "name": "small_stem", "stem": "cifar_stride2"},
+]
+
+
+@pytest.fixture(scope="module")
+def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A ResNet, a ViT, a ConvNeXt and a ResNet with a stem of our own, after two steps."""
+    config = tiny_config(beton, branches=BRANCHES, optim__max_steps=2, **SIZES)
+    trained, status = train(config, tmp_path_factory.mktemp("runs"), resume=False, nproc=1)
+    assert status == 0
+    return trained
+
+
+SIZES = {"views__global_crops__size_px": 64, "views__local_crops__size_px": 32}
+
+
+def needed(kind: str) -> None:
+    for name in formats.FORMATS[kind].needs:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed (pip install 'mokd[export]')")
+
+
+@pytest.mark.parametrize(
+    ("branch", "kind"),
+    [
+        *[(branch, kind) for branch in ("vit", "convnext") for kind in ("timm", "onnx", "huggingface")],
+        *[("resnet18", kind) for kind in formats.FORMATS],
+        ("small_stem", "timm"),
+        ("small_stem", "safetensors"),
+    ],
+)
+def test_exports_load_without_this_project(run: RunDirectory, tmp_path: Path, branch: str, kind: str) -> None:
+    needed(kind)
+    (done,) = export(run, branch, kind, "teacher", tmp_path / "out")
+    assert done.difference < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert formats.FORMATS[kind].load is not None
+    assert "features" in card
+    assert "tiny" in card
+    assert json.loads((tmp_path / "out" / "preprocessing.json").read_text())["crop_px"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_safetensors_hold_the_heads_of_the_student_that_is_asked_for(run: RunDirectory, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for network in ("student", "teacher"):
+        list(export(run, "vit", "safetensors", network, tmp_path / network))
+    student, teacher = (load_file(tmp_path / network / "model.safetensors") for network in ("student", "teacher"))
+    assert any(key.startswith("t_head.") for key in student)
+    assert any(not torch.equal(student[key], teacher[key]) for key in student)
+
+
+def test_an_export_that_differs_is_refused(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = formats._timm_weights
+
+    def damaged(source: object) -> dict[str, torch.Tensor]:
+        return {key: value * 1.5 if value.ndim > 1 else value for key, value in own(source).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(formats, "_timm_weights", damaged)
+    with pytest.raises(UserError, match="differ from the run's"):
+        list(export(run, "resnet18", "timm", "teacher", tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--format", "gguf"], "no such format; there are timm"),
+        (["--format", "timm", "--branch", "swin"], "no branch 'swin'; there are resnet18, vit"),
+        (["--format", "torchvision", "--branch", "vit"], "is no plain torchvision network"),
+        (["--format", "huggingface", "--branch", "small_stem"], "which timm alone does not build"),
+        (["--format", "timm", "--network", "scratch"], "student or teacher"),
+        (["--format", "timm", "--out", "x"], "give one --branch"),
+    ],
+)
+def test_what_cannot_be_exported_ends_in_one_line(run: RunDirectory, arguments: list[str], said: str) -> None:
+    if "huggingface" in arguments:
+        needed("huggingface")
+    done = mokd("export", run.path, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    folder = run.path / "export"
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_an_export_is_replaced_only_when_told(run: RunDirectory, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(export(run, "resnet18", "timm", "teacher", out))
+    (out / "mine").touch()
+    with pytest.raises(UserError, match="exists already"):
+        list(export(run, "resnet18", "timm", "teacher", out))
+    assert (out / "mine").exists()
+    list(export(run, "resnet18", "timm", "teacher", out, replace=True))
+    assert not (out / "mine").exists()
+
+
+def test_the_page_gives_the_lines_that_are_run(run: RunDirectory) -> None:
+    page = (ROOT / "docs" / "export.md").read_text()
+    (source,) = open_source(run, "resnet18", "teacher")
+    for kind, form in formats.FORMATS.items():
+        assert f"\n{kind}:\n\n```python\n{form.load(source)}```\n" in page, kind
