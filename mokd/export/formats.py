@@ -58,8 +58,11 @@ def _write_safetensors(source: Source, folder: Path) -> None:
 
 
 _CREATE = """\
-import json, timm, torch
+import json
+import timm
+import torch
 from safetensors.torch import load_file
+
 config = json.load(open("config.json"))
 model = timm.create_model(config["architecture"], **config["arguments"])
 """
@@ -102,7 +105,10 @@ def _write_torchvision(source: Source, folder: Path) -> None:
 
 
 LOAD_TORCHVISION = """\
-import json, torch, torchvision
+import json
+import torch
+import torchvision
+
 model = torchvision.models.get_model(json.load(open("config.json"))["architecture"]).eval()
 model.fc = torch.nn.Identity()
 model.load_state_dict(torch.load("model.pth", weights_only=True))
@@ -153,6 +159,7 @@ def _write_onnx(source: Source, folder: Path) -> None:
 
 LOAD_ONNX = """\
 import onnxruntime
+
 model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 features = model.run(["features"], {"images": images})[0]
 """
@@ -195,6 +202,7 @@ def _write_huggingface(source: Source, folder: Path) -> None:
 LOAD_HUGGINGFACE = """\
 import torch
 from transformers import TimmWrapperModel
+
 model = TimmWrapperModel.from_pretrained(".").eval()
 features = model(torch.from_numpy(images)).pooler_output.detach().numpy()
 """
