@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from data_pipeline.beton.samples import open_samples
 from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.batch import MultiCropLoader
-from data_pipeline.loaders.evaluation import EvalLoader
-from data_pipeline.sampling.order import Int64Array
+from data_pipeline.loaders.evaluation import EvalLoader, EvalPlan
+from data_pipeline.sampling.order import Int64Array, RankSampler, contiguous_part, subset
 
 Backend = Literal["ffcv", "torchvision"]
 
@@ -40,16 +41,15 @@ def build_loader(
         raise UserError(f"rank {rank} of {world_size}: ranks count from 0")
     check_path(data.train, data.backend)
     warn_workers(data.workers)
-    arguments: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size, "global_batch": global_batch}
-    arguments |= {"device": torch.device(device), "dtype": dtype, "ids": ids}
+    samples = open_samples(data.train)
+    kept = subset(samples.size, data.limit) if ids is None else ids
+    sampler = RankSampler(kept, seed, rank, world_size, global_batch, data.order)
     # the backends are imported here: the reference one works without FFCV and the native library
     if data.backend == "torchvision":
-        from data_pipeline.loaders.torchvision import TorchvisionLoader
-
-        return TorchvisionLoader(data, views, **arguments)
-    from data_pipeline.loaders.ffcv import FfcvLoader
-
-    return FfcvLoader(data, views, **arguments)
+        from data_pipeline.loaders.torchvision import TorchvisionLoader as Loader
+    else:
+        from data_pipeline.loaders.ffcv import FfcvLoader as Loader  # type: ignore[assignment]
+    return Loader(data, views, samples, sampler, torch.device(device), dtype)
 
 
 def build_eval_loader(
@@ -79,9 +79,11 @@ def build_eval_loader(
         from data_pipeline.loaders.torchvision import torchvision_eval_batches as batches
     else:
         from data_pipeline.loaders.ffcv_evaluation import ffcv_eval_batches as batches
-    return EvalLoader(
-        batches, path, resize_px, crop_px, mean, std, batch_size, rank, world_size, workers, torch.device(device), limit
-    )
+    samples = open_samples(path)
+    kept = subset(samples.size, limit)
+    low, high = contiguous_part(len(kept), rank, world_size)
+    plan = EvalPlan(samples, kept[low:high], batch_size, resize_px, crop_px, mean, std, workers, torch.device(device))
+    return EvalLoader(plan, batches, dataset_size=len(kept))
 
 
 def warn_workers(workers: int) -> None:
@@ -102,7 +104,5 @@ def check_path(path: Path, backend: Backend) -> None:
 
 def count_samples(path: Path, backend: Backend) -> int:
     """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
-    from data_pipeline.beton.samples import open_samples
-
     check_path(path, backend)
     return open_samples(path).size

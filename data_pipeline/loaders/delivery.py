@@ -13,31 +13,33 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from data_pipeline.core.host_memory import Packed
 from data_pipeline.core.native_library import PHOTOMETRIC, Engine
+from data_pipeline.loaders.batch import ViewBatch
 from data_pipeline.transforms.photometrics import CpuPhotometrics, photometrics_torch
 
-Views = tuple[Tensor, ...]
-Delivery = Callable[[Iterator[Packed]], Iterator[Views]]
+Delivery = Callable[[Iterator[Packed]], Iterator[ViewBatch]]
 
 
 def make_delivery(views: ViewsConfig, device: torch.device, dtype: torch.dtype, engine: Engine) -> Delivery:
-    """What turns packed batches into views on `device`, one `[V_g, B, 3, S_g, S_g]` per group of views."""
+    """What turns packed batches into views on `device`."""
     if device.type == "cuda":
         return _OnGpu(views, device, dtype)
     if device.type == "cpu":
-        on_cpu = CpuPhotometrics(views, dtype, engine)
-        return lambda batches: map(on_cpu, batches)
+        make: Callable[[Packed], tuple[Tensor, ...]] = CpuPhotometrics(views, dtype, engine)
+    else:
 
-    def elsewhere(packed: Packed) -> Views:
-        crops = torch.from_numpy(packed.crops).to(device)
-        return photometrics_torch(crops, views, packed.parameters.view(PHOTOMETRIC), dtype)
+        def in_torch(packed: Packed) -> tuple[Tensor, ...]:
+            crops = torch.from_numpy(packed.crops).to(device)
+            return photometrics_torch(crops, views, packed.parameters.view(PHOTOMETRIC), dtype)
 
-    return lambda batches: map(elsewhere, batches)
+        make = in_torch
+
+    return lambda batches: (ViewBatch(make(packed), packed.sample_ids, packed.labels) for packed in batches)
 
 
 @dataclass(frozen=True)
 class _Underway:
-    views: Views
-    copied: Any  # CUDA events: the slot in host memory is free again; the views are made
+    batch: ViewBatch
+    copied: Any  # CUDA events: the slot in host memory is free again; its views are made
     made: Any
 
 
@@ -51,7 +53,7 @@ class _OnGpu:
         self._views, self._device, self._dtype = views, device, dtype
         self._stream: Any = torch.cuda.Stream(device, priority=-1)  # short work that a whole step waits for
 
-    def __call__(self, batches: Iterator[Packed]) -> Iterator[Views]:
+    def __call__(self, batches: Iterator[Packed]) -> Iterator[ViewBatch]:
         underway: deque[_Underway] = deque()
         for packed in batches:
             underway.append(self._send(packed))
@@ -67,13 +69,14 @@ class _OnGpu:
             crops = block[: packed.crops.size].view(packed.crops.shape)
             parameters = block[packed.parameters_start :].view(packed.parameters.shape)
             views = self._fused(crops, self._views, parameters, self._dtype)
-            return _Underway(views, copied, self._stream.record_event())
+            batch = ViewBatch(views, packed.sample_ids, packed.labels)
+            return _Underway(batch, copied, self._stream.record_event())
 
-    def _receive(self, batch: _Underway) -> Views:
+    def _receive(self, sent: _Underway) -> ViewBatch:
         # sent one step ago: the host does not wait here, unless the transfer is slower than a step
-        batch.copied.synchronize()
+        sent.copied.synchronize()
         current = torch.cuda.current_stream(self._device)
-        current.wait_event(batch.made)
-        for group in batch.views:
+        current.wait_event(sent.made)
+        for group in sent.batch.views:
             group.record_stream(current)
-        return batch.views
+        return sent.batch

@@ -3,67 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.beton.samples import Samples, open_samples
+from data_pipeline.beton.samples import Samples
 from data_pipeline.loaders.batch import LabelledBatch
-from data_pipeline.sampling.order import Int64Array, subset
+from data_pipeline.sampling.order import Int64Array
 
 
+@dataclass(frozen=True)
 class EvalPlan:
     """What to load: the samples `ids` (int64, in order) of `samples` in batches, and their transform."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        ids: Int64Array,
-        batch_size: int,
-        resize_px: int,
-        crop_px: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        workers: int,
-    ) -> None:
-        self.samples, self.ids, self.batch_size = samples, ids, batch_size
-        self.resize_px, self.crop_px, self.mean, self.std = resize_px, crop_px, mean, std
-        self.workers = workers
+    samples: Samples
+    ids: Int64Array
+    batch_size: int
+    resize_px: int
+    crop_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    workers: int
+    device: torch.device
 
 
 class EvalLoader:
     """Iterable over `LabelledBatch`, again and again: dataset_size samples over all ranks, num_classes classes."""
 
     def __init__(
-        self,
-        batches: Callable[[EvalPlan], Iterator[LabelledBatch]],
-        path: Path,
-        resize_px: int,
-        crop_px: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-        device: torch.device,
-        limit: int | None,
+        self, plan: EvalPlan, batches: Callable[[EvalPlan], Iterator[LabelledBatch]], dataset_size: int
     ) -> None:
-        samples = open_samples(path)
-        kept = subset(samples.size, limit)
-        self.dataset_size, self.num_classes = len(kept), samples.num_classes
-        low, high = (len(kept) * r // world_size for r in (rank, rank + 1))
-        self._batches, self._device = batches, device
-        self._plan = EvalPlan(samples, kept[low:high], batch_size, resize_px, crop_px, mean, std, workers)
+        self.dataset_size, self.num_classes = dataset_size, plan.samples.num_classes
+        self._plan, self._batches = plan, batches
 
     def __len__(self) -> int:
         return -(-len(self._plan.ids) // self._plan.batch_size)
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         for batch in self._batches(self._plan):
-            yield LabelledBatch(batch.images.to(self._device), batch.sample_ids, batch.labels)
+            yield LabelledBatch(batch.images.to(self._plan.device), batch.sample_ids, batch.labels)
 
 
 def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from queue import Empty
-from threading import Thread, current_thread
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -26,20 +24,25 @@ from data_pipeline.core.native_library import STATUS, Engine
 from data_pipeline.sampling.order import Int64Array
 
 try:
+    import ffcv.loader.epoch_iterator as epoch_iterator_module
     import ffcv.loader.loader as ffcv_loader_module
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
+    from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers.base import MemoryContext, MemoryManager
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.state import State
-    from ffcv.traversal_order.base import TraversalOrder
 except ImportError as error:
     raise UserError(
         f"data.backend: ffcv cannot be imported ({error}): run `make setup`, or use data.backend=torchvision"
     ) from None
 
 _POLL_SECONDS = 0.2
+
+# FFCV's thread starts on device 0 and would return there from its streams: with a CUDA context of every local rank on
+# the first GPU, some 0.5 GB each. What runs in it is all on the CPU.
+epoch_iterator_module.IS_CUDA = False
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,35 @@ class CutPlan:
     parameters: NDArray[np.uint8]
 
 
-Planner = Callable[[Int64Array], CutPlan]
+@dataclass(frozen=True)
+class EpochPlan:
+    """The samples of an epoch in order (int64 `[n]`), and how to plan the cuts of some of them.
+
+    FFCV takes it for its order of samples and deals it out in slices, so that each batch has its plan with it. Cuts are
+    planned batch by batch in FFCV's thread: for a whole epoch they would take gigabytes and delay the first batch.
+    """
+
+    ids: Int64Array
+    cuts: Callable[[Int64Array], CutPlan]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> EpochPlan:
+        return EpochPlan(self.ids[part], self.cuts)
 
 
-class _GivenOrder(TraversalOrder):
-    """Hands FFCV the samples of the epoch that is about to start."""
+class _Epoch(EpochIterator):
+    """FFCV's thread for one epoch."""
 
-    order: Int64Array
-
-    def sample_order(self, epoch: int) -> Int64Array:
-        return self.order
+    def run_pipeline(self, number: int, batch: EpochPlan, slot: int, event: None) -> tuple[Packed | BaseException]:
+        # FFCV looks at its event only when its queue is full, and would finish an epoch that was left
+        if self.terminate_event.is_set():
+            raise StopIteration
+        try:
+            return super().run_pipeline(number, batch, slot, event)
+        except BaseException as failure:  # in FFCV's thread it would leave the reader waiting for ever
+            return (failure,)
 
 
 class _NoStorage(MemoryContext):
@@ -95,16 +117,13 @@ class _NoManager(MemoryManager):
 
 
 class _Cut(SimpleRGBImageDecoder):
-    """Decodes each sample of a batch once and cuts what `plan` says into the next slot of the ring.
+    """Decodes each sample of a batch once and cuts what its plan says into the next slot of the ring.
 
     A subclass of FFCV's decoder only because FFCV takes nothing else for a decoder of its image field.
     """
 
     def __init__(self, beton: BetonInfo, sizes: NDArray[np.int32], engine: Engine, ring: Ring) -> None:
         super().__init__()
-        self.plan: Planner
-        self.failure: BaseException | None = None
-        self.ended: WeakSet[Thread] = WeakSet()  # FFCV's threads that have no more to do
         self._beton, self._sizes, self._engine, self._ring = beton, sizes, engine, ring
         self._file = os.open(beton.path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -113,20 +132,13 @@ class _Cut(SimpleRGBImageDecoder):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=kind), AllocationQuery(shape, kind)
 
     def generate_code(self) -> Callable[..., Packed]:
-        def cut(ids: Int64Array, out: NDArray[np.uint8], metadata: Any, storage: Any) -> Packed:
-            if current_thread() in self.ended:
-                raise StopIteration
-            # an exception in FFCV's thread would leave the reader waiting for ever: keep it for the reader
-            try:
-                return self._cut(ids)
-            except BaseException as failure:
-                self.failure = failure
-                raise StopIteration from None  # which FFCV takes for the end of the epoch
+        def cut(batch: EpochPlan, out: NDArray[np.uint8], metadata: Any, storage: Any) -> Packed:
+            return self._cut(batch.ids, batch.cuts(batch.ids))
 
         return cut
 
-    def _cut(self, ids: Int64Array) -> Packed:
-        beton, plan, packed = self._beton, self.plan(ids), self._ring.next(len(ids))
+    def _cut(self, ids: Int64Array, plan: CutPlan) -> Packed:
+        beton, packed = self._beton, self._ring.next(ids, self._beton.labels[ids])
         places = (beton.offsets[ids], beton.sizes[ids], beton.widths[ids], beton.heights[ids], beton.jpeg[ids])
         status = self._engine.cut(self._file, *places, plan.geometry, plan.flips, self._sizes, packed.crops)
         if status.any():
@@ -184,20 +196,19 @@ class FfcvCuts:
             Compiler.set_enabled(True)
             ffcv_loader_module.OSCacheManager = own_manager
             torch.set_num_threads(threads)
-        self._loader.reader.alloc_table = self._loader.indices = None  # we have our own
-        self._order = _GivenOrder(self._loader)
-        self._loader.traversal_order = self._order
+        # we have our own tables, and give each epoch its order
+        self._loader.reader.alloc_table = self._loader.indices = self._loader.traversal_order = None
+        self._loader.first_traversal_order = None
         self._iterator: Any = None
 
-    def batches(self, order: Int64Array, plan: Planner) -> Generator[Packed]:
-        """Packed batches of the samples in `order`. A batch is valid until the next but one is asked for."""
+    def batches(self, plan: EpochPlan) -> Generator[Packed]:
+        """Packed batches of the samples in a plan. A batch is valid until the next but one is asked for."""
         self.stop()
-        self._cut.plan, self._cut.failure = plan, None
-        self._order.order = order
-        self._loader.first_traversal_order = order
-        # FFCV sets torch's thread count, in this thread and in its own, to the number of its workers
+        if not len(plan):
+            return
+        # FFCV sets torch's thread count, in its own thread and so in all, to the number of its workers
         self._loader.num_workers = torch.get_num_threads()
-        self._iterator = _start(self._loader)
+        self._iterator = _Epoch(self._loader, plan)
         try:
             while (packed := self._next()) is not None:
                 yield packed
@@ -218,17 +229,18 @@ class FfcvCuts:
                         "is its disk stuck?"
                     ) from None
                 continue
-            if result is None and self._cut.failure is not None:
-                raise self._cut.failure
-            return None if result is None else result[1][0]
+            if result is None:
+                return None
+            found = result[1][0]
+            if isinstance(found, BaseException):
+                raise found
+            return found
 
     def stop(self) -> None:
         """Ends the running epoch: its thread is joined and its ring buffer freed."""
         iterator, self._iterator = self._iterator, None
         if iterator is None:
             return
-        # FFCV looks at its event only when its queue is full; without our own mark it would finish the epoch
-        self._cut.ended.add(iterator)
         iterator.terminate_event.set()
         deadline = time.monotonic() + self._timeout
         while iterator.is_alive() and time.monotonic() < deadline:
@@ -242,11 +254,3 @@ class FfcvCuts:
         """Ends the thread and closes the file."""
         self.stop()
         self._cut.close()
-
-
-def _start(loader: Any) -> Any:
-    threads = torch.get_num_threads()
-    try:
-        return iter(loader)
-    finally:
-        torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.native_library import Engine
 from data_pipeline.loaders.batch import LabelledBatch
 from data_pipeline.loaders.evaluation import EvalPlan, centre_geometry
-from data_pipeline.loaders.ffcv_crops import CutPlan, FfcvCuts
+from data_pipeline.loaders.ffcv_crops import CutPlan, EpochPlan, FfcvCuts
 from data_pipeline.sampling.order import Int64Array
 
 _AHEAD = 2
@@ -37,11 +37,10 @@ def ffcv_eval_batches(plan: EvalPlan) -> Iterator[LabelledBatch]:
         return CutPlan(boxes, np.zeros((len(ids), 1), np.bool_), np.empty((len(ids), 0), np.uint8))
 
     try:
-        for step, packed in enumerate(cuts.batches(plan.ids, centres)):
-            ids = plan.ids[step * batch_size : (step + 1) * batch_size]
-            pixels = torch.from_numpy(packed.crops).view(len(ids), 3, plan.crop_px, plan.crop_px)
+        for packed in cuts.batches(EpochPlan(plan.ids, centres)):
+            pixels = torch.from_numpy(packed.crops).view(-1, 3, plan.crop_px, plan.crop_px)
             images = (pixels.float() / 255.0 - mean) / std  # new memory: the ring goes on
-            yield LabelledBatch(images, torch.from_numpy(ids.copy()), torch.from_numpy(beton.labels[ids].copy()))
+            yield LabelledBatch(images, packed.sample_ids, packed.labels)
     finally:
         cuts.close()
         engine.close()

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from data_pipeline.beton.samples import Samples, open_samples
+from data_pipeline.beton.samples import Samples
 from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.core.errors import DataError
 from data_pipeline.loaders.batch import LabelledBatch, ViewBatch
 from data_pipeline.loaders.evaluation import EvalPlan
 from data_pipeline.sampling.draws import BRIGHTNESS, CONTRAST, SATURATION, ViewDraws, draw_views, view_sizes
-from data_pipeline.sampling.order import Int64Array, epoch_order, rank_batches, subset
+from data_pipeline.sampling.order import RankSampler
 
 _TIMEOUT_SECONDS = 120.0
 _PREFIX = f"{DataError.__module__}.{DataError.__qualname__}: "
@@ -118,27 +118,20 @@ class TorchvisionLoader:
         self,
         data: DataConfig,
         views: ViewsConfig,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        global_batch: int,
+        samples: Samples,
+        sampler: RankSampler,
         device: torch.device,
         dtype: torch.dtype,
-        ids: Int64Array | None = None,
     ) -> None:
-        self._data, self._views, self._seed, self._device, self._dtype = data, views, seed, device, dtype
-        self._rank, self._world_size, self._global_batch = rank, world_size, global_batch
-        self._samples = open_samples(data.train)
-        self._ids = subset(self._samples.size, data.limit) if ids is None else ids
-        self.dataset_size = len(self._ids)
-        self.steps_per_epoch = len(self._rank_batches(0))
+        self._data, self._views, self._device, self._dtype = data, views, device, dtype
+        self._samples, self._sampler = samples, sampler
+        self.dataset_size, self.steps_per_epoch = len(sampler.ids), sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch]:
         """The batches `start_step .. steps_per_epoch - 1` of an epoch, the same however it is entered."""
         data = self._data
-        batches = self._rank_batches(epoch)[start_step:].tolist()
-        dataset = _Views(self._samples, self._views, self._seed, epoch)
+        batches = self._sampler.epoch(epoch, start_step).tolist()
+        dataset = _Views(self._samples, self._views, self._sampler.seed, epoch)
         loader = _batches(dataset, batches, data.workers, data.batches_ahead, data.batch_timeout_seconds)
         for views, ids, labels in loader:
             groups: list[Tensor] = []
@@ -151,10 +144,6 @@ class TorchvisionLoader:
 
     def close(self) -> None:
         """Nothing outlives an epoch."""
-
-    def _rank_batches(self, epoch: int) -> Int64Array:
-        order = epoch_order(self._seed, epoch, self.dataset_size, self._data.order)
-        return self._ids[rank_batches(order, self._global_batch, self._rank, self._world_size)]
 
 
 def torchvision_eval_batches(plan: EvalPlan) -> Iterator[LabelledBatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -80,3 +81,25 @@ def rank_batches(order: Int64Array, global_batch: int, rank: int, world_size: in
 def contiguous_part(size: int, rank: int, world_size: int) -> tuple[int, int]:
     """First and last (exclusive) of `size` things that a rank gets where order is kept; parts differ by one at most."""
     return size * rank // world_size, size * (rank + 1) // world_size
+
+
+@dataclass(frozen=True)
+class RankSampler:
+    """The samples that one rank sees, epoch by epoch. ids: those of the data set, int64; kind: see `epoch_order`."""
+
+    ids: Int64Array
+    seed: int
+    rank: int
+    world_size: int
+    global_batch: int
+    kind: OrderKind = "permutation"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch. UserError as `rank_batches`."""
+        return len(rank_batches(self.ids, self.global_batch, self.rank, self.world_size))
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Int64Array:
+        """Sample ids of the batches from `start_step` on: int64 `[steps, global_batch / world_size]`."""
+        order = epoch_order(self.seed, epoch, len(self.ids), self.kind)
+        return self.ids[rank_batches(order, self.global_batch, self.rank, self.world_size)][start_step:]

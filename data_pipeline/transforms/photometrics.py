@@ -74,7 +74,7 @@ class CpuPhotometrics:
         if dtype not in _KINDS:
             raise UserError(f"precision: {dtype} views are not made; expected one of {', '.join(_KINDS.values())}")
         self._views, self._dtype, self._engine = views, dtype, engine
-        self._sizes, self._memory = view_sizes(views), Recycler()
+        self._sizes, self._memory = view_sizes(views), Recycler(keep=4)
 
     def __call__(self, packed: Packed) -> tuple[Tensor, ...]:
         """One `[V_g, B, 3, S_g, S_g]` per group of views. Their memory is the caller's until it lets go of them."""

@@ -227,3 +227,18 @@ def test_benchmark_refuses_to_compare_different_work():
         check_same("other", views, (views[0].flip(-1), views[1]), (1.0, 0.5))
     with pytest.raises(DataError, match="shapes differ"):
         check_same("fewer", views, (views[0][:1], views[1]), (1.0, 0.5))
+
+
+def test_ffcv_uses_no_cuda_in_its_thread(beton):
+    """Where torch has GPUs, FFCV's thread would make streams on them: here, without one, that would raise."""
+    program = (
+        "from pathlib import Path; import torch; torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.Stream = torch.cuda.current_stream = None\n"
+        "from data_pipeline.config import *; from data_pipeline.loaders.build import *\n"
+        f"data = DataConfig(train=Path({str(beton)!r}), workers=1)\n"
+        "loader = build_loader(data, ViewsConfig(), seed=0, rank=0, world_size=1, global_batch=8)\n"
+        "print(len(list(loader.epoch(0))))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+    assert done.stdout.strip() == "3"

@@ -33,7 +33,9 @@ def packed_batch(samples: int = 12) -> Packed:
     draws = draw_views(VIEWS, 1, 2, np.arange(samples), np.full(samples, 90), np.full(samples, 80))
     parameters = pack_parameters(draws).view(np.uint8)
     row_bytes = int((3 * view_sizes(VIEWS).astype(np.int64) ** 2).sum())
-    packed = Ring(1, samples, row_bytes, parameters.shape[1], pinned=False).next(samples)
+    packed = Ring(1, samples, row_bytes, parameters.shape[1], pinned=False).next(
+        np.arange(samples), np.zeros(samples, np.int64)
+    )
     # smooth with a few flat and grey parts: where hue is hardest
     waves = np.sin(np.arange(row_bytes) / 7.0 + np.arange(samples)[:, None]) * 200 + 120
     packed.crops[:] = np.clip(waves, 0, 255).astype(np.uint8)
