@@ -151,6 +151,7 @@ def resume(
     exclude: Text = None,
     site: Site = None,
     sbatch: Extra = None,
+    restart: Annotated[bool, typer.Option("--restart", help="begin at step 0; what the run has is kept aside")] = False,
     update_code: Annotated[bool, typer.Option(help="run today's code instead of the run's own snapshot")] = False,
     local: Local = False,
     dry_run: DryRun = False,
@@ -161,7 +162,7 @@ def resume(
     from launcher.slurm import submit
 
     directory = open_run(run)
-    if directory.read_status().get("state") == "done":
+    if directory.read_status().get("state") == "done" and not restart:
         raise UserError(f"{directory.path}: this run is done; there is nothing to resume")
     config, last = directory.config(), Records(directory).last_launch()
     # as launched last; with another site, as the configuration says
@@ -175,6 +176,12 @@ def resume(
         _show_plan(submit.run_script(directory, cluster, number), directory.path, cluster, local, as_json)
         return
     _need_slurm(local)
+    if restart:
+        from mokd.checkpointing import choose
+
+        submit.wait_for_the_last(directory)
+        messages.print(f"what there was is in {choose.restart(directory)}", markup=False)
+        RunDirectory.create(directory.path, config)
     start = submit.submit_local if local else submit.submit
     _tell(start(directory, cluster, new_code=update_code), as_json)
 

@@ -181,12 +181,12 @@ def cancel(run: RunDirectory) -> str:
 def _prepare(run: RunDirectory, new_code: bool) -> str:
     make_private(run.path)
     make_private(run.jobs)
-    _wait_for_the_last(run)
+    wait_for_the_last(run)
     code = run.path / "code"
     return code_snapshot.take(code) if new_code or not code.is_dir() else code_snapshot.digest(code)
 
 
-def _wait_for_the_last(run: RunDirectory) -> None:
+def wait_for_the_last(run: RunDirectory) -> None:
     """UserError while a job of the run is at work; one that was cancelled is given the time to save and leave."""
     last: Launch | None = Records(run).last_launch()
     deadline = time.monotonic() + LEAVING_SECONDS

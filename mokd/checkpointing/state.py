@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
-from mokd.checkpointing.storage import Checkpoint, SavedTensors
+from mokd.checkpointing.reading import Checkpoint, SavedTensors
 from mokd.config import RunConfig
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective

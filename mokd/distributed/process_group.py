@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -144,6 +144,21 @@ def broadcast_from_main(value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What the first rank has found, on every rank; the UserError that it has met is every rank's too."""
+    found: T | None = None
+    problem: str | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = decide()
+        except UserError as error:
+            problem = str(error)
+    found, problem = broadcast_from_main((found, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return cast(T, found)
 
 
 def barrier() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from data_pipeline.core.errors import UserError
-from mokd.checkpointing import state, storage
+from mokd.checkpointing import choose, state
+from mokd.checkpointing.reading import Checkpoint
 from mokd.config import BranchConfig, RunConfig
 from mokd.models.backbones import Backbone, build_backbone, load_weights
 from mokd.runs.files import checksum, file_checksum
@@ -45,7 +46,7 @@ def from_run(run: RunDirectory, config: RunConfig, network: str) -> list[Subject
     """All branches of a run at its newest checkpoint, or as they were before any training (`scratch`)."""
     if network == "scratch":
         return [_untrained(branch, config) for branch in config.branches]
-    found = storage.newest(run)
+    found = choose.newest(run)
     if found is None:
         raise UserError(f"{run.path}: has no complete checkpoint yet")
     return [_saved(found, branch, config, network) for branch in config.branches]
@@ -56,7 +57,7 @@ def _identity(branch: BranchConfig, config: RunConfig, **weights: str | int) -> 
     return {**built_from, "image_px": config.views.global_crops.size_px, **weights}
 
 
-def _saved(found: storage.Checkpoint, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
+def _saved(found: Checkpoint, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
     def build(drop_path: float, images_per_rank: int) -> Backbone:
         backbone = _empty(branch, config, drop_path, images_per_rank)
         tensors = state.network_tensors(found, branch.name, network)

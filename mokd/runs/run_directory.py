@@ -19,6 +19,9 @@ State = Literal["starting", "running", "stopped", "done", "failed"]
 # what a process of a run exits with
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 75
 
+# what a new mark keeps of the one before
+_KEPT_FACTS = ("step", "total_steps", "checkpoint_step", "epoch")
+
 
 class StaleAttemptError(RuntimeError):
     """A newer attempt at the same run has started; this one must write nothing more."""
@@ -129,9 +132,10 @@ class RunDirectory:
             raise StaleAttemptError(f"{self.path}: attempt {attempt} is a leftover, attempt {newest} has taken over")
 
     def write_status(self, state: State, attempt: int, **facts: Any) -> None:
-        """Replaces `status.json`; refused to a leftover attempt."""
+        """Replaces `status.json`, keeping how far the run had come unless `facts` say. Refused to leftovers."""
         self.check_attempt(attempt)
-        record = {"state": state, "attempt": attempt, "time": time.time(), **facts}
+        kept = {key: value for key, value in self.read_status().items() if key in _KEPT_FACTS}
+        record = {**kept, "state": state, "attempt": attempt, "time": time.time(), **facts}
         replace_json(self.path / "status.json", record, durable=state in ("stopped", "done", "failed"))
 
     def read_status(self) -> dict[str, Any]:

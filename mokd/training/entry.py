@@ -32,9 +32,6 @@ from mokd.training.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
 
-# what a new state's mark keeps of the one before
-KEPT_FACTS = ("step", "total_steps", "checkpoint_step", "epoch")
-
 
 def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     """Trains the run in `directory` from its newest checkpoint on, in this rank. Leaves its state in `status.json`.
@@ -81,8 +78,7 @@ def _claim(directory: RunDirectory, ranks: Ranks) -> int:
 
 def _mark(directory: RunDirectory, ranks: Ranks, attempt: int, state: State, **facts: Any) -> None:
     if ranks.is_main:
-        kept = {k: v for k, v in directory.read_status().items() if k in KEPT_FACTS}
-        directory.write_status(state, attempt, **{**kept, **facts})
+        directory.write_status(state, attempt, **facts)
 
 
 def _cores() -> int:

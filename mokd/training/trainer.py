@@ -12,10 +12,10 @@ import torch
 
 from data_pipeline.loaders.batch import ViewBatch
 from data_pipeline.loaders.build import build_loader
-from mokd.checkpointing import state, storage
+from mokd.checkpointing import choose, state
 from mokd.checkpointing.async_writer import AsyncCheckpointer
 from mokd.config import RunConfig
-from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
+from mokd.distributed.process_group import Ranks, barrier, decided_by_main
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.optim.precision import set_tf32
@@ -70,7 +70,7 @@ class Trainer:
     def _resume(self) -> int:
         """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
         # one rank looks and verifies: the others take the same one, and read only what they need
-        found = broadcast_from_main(storage.newest(self.run) if self.ranks.is_main else None)
+        found = decided_by_main(lambda: choose.to_resume_from(self.run, self._save_interval(), aside=True))
         if found is None:
             return 0
         state.check_identity(found, self.identity)
@@ -126,7 +126,10 @@ class Trainer:
         return every is not None and epochs_done % every == 0
 
     def _save_due(self) -> bool:
-        return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
+        return self.step % self._save_interval() == 0
+
+    def _save_interval(self) -> int:
+        return self.config.checkpoint.every_steps or self.epoch_steps
 
     def _save(self, *, last: bool) -> None:
         """Saves the current step; the first rank writes, the others at most give their pieces.

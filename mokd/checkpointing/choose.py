@@ -1,0 +1,86 @@
+"""Which checkpoint a run goes on from, and when it may begin at step 0: never unasked where steps would be lost.
+
+`mokd train --restart` and `mokd resume --restart` are the only way to begin anew. What there was is kept beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError
+from mokd.checkpointing import storage
+from mokd.checkpointing.reading import Checkpoint, DamagedCheckpointError, read_checkpoint
+from mokd.runs.files import sync_file
+from mokd.runs.metrics import read_metrics
+from mokd.runs.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+# what a new beginning writes again; attempts and the scheduler's files go on
+RESTARTED = (
+    *("environment.json", "status.json", "metrics.jsonl", "tb", "checkpoints", "changes.jsonl", "failures", "eval"),
+    "config.yaml",  # last: without it the directory is no run
+)
+
+
+def newest(run: RunDirectory, *, aside: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over.
+
+    aside: rename damaged ones out of the way, which only the attempt that trains may do. Errors as `read_checkpoint`.
+    """
+    for path in reversed(storage.step_directories(run)):
+        try:
+            return read_checkpoint(path)
+        except DamagedCheckpointError as error:
+            if aside:
+                storage.set_aside(path, str(error))
+            elif path.exists():  # else it was pruned just now
+                log.warning("%s is damaged (%s); the checkpoint before it is used", path, error)
+    return None
+
+
+def to_resume_from(run: RunDirectory, every_steps: int | None, *, aside: bool = False) -> Checkpoint | None:
+    """The checkpoint to go on from, None for a run that begins; UserError where a beginning would lose saved steps.
+
+    every_steps: steps between saves, where known. Ended before its first save, a run begins again and says so.
+    """
+    found = newest(run, aside=aside)
+    if found is not None:
+        return found
+    damaged = sorted(path.name for path in run.checkpoints.glob("*step-*") if not path.name.startswith("."))
+    mark = run.read_status()
+    saved, logged = int(mark.get("checkpoint_step", 0)), _last_logged(run)
+    problem = None
+    if damaged:
+        problem = f"none of its checkpoints is whole ({', '.join(damaged)})"
+    elif saved or (run.checkpoints / "latest").exists() or mark.get("state") in ("stopped", "done"):
+        problem = f"step {max(saved, int(mark.get('step', 0)))} was saved and no checkpoint is there"
+    elif every_steps is not None and logged > 2 * every_steps:
+        problem = f"{logged} steps are in its metrics and no checkpoint is there"
+    if problem:
+        raise UserError(
+            f"{run.path}: {problem}; bring a checkpoint back, or begin at step 0 with --restart, which keeps the old "
+            "metrics and checkpoints aside"
+        )
+    if logged:
+        log.warning("%s: ended before its first save; the %d steps in its metrics are trained again", run.path, logged)
+    return None
+
+
+def _last_logged(run: RunDirectory) -> int:
+    return max((int(record.get("step", 0)) for record in read_metrics(run.metrics_file)), default=0)
+
+
+def restart(run: RunDirectory) -> Path:
+    """Moves what a run has written aside, to `before-restart-<n>/` in it, to begin at step 0. Returns where."""
+    number = 1
+    while (aside := run.path / f"before-restart-{number}").exists():
+        number += 1
+    aside.mkdir(mode=0o700)
+    for name in RESTARTED:
+        if (run.path / name).exists():
+            os.rename(run.path / name, aside / name)
+    sync_file(run.path)
+    return aside
