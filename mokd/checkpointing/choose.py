@@ -52,11 +52,13 @@ def to_resume_from(run: RunDirectory, every_steps: int | None, *, aside: bool = 
     damaged = sorted(path.name for path in run.checkpoints.glob("*step-*") if not path.name.startswith("."))
     mark = run.read_status()
     saved, logged = int(mark.get("checkpoint_step", 0)), _last_logged(run)
+    if mark.get("state") in ("stopped", "done"):  # which both save
+        saved = max(saved, int(mark.get("step", 0)))
     problem = None
     if damaged:
         problem = f"none of its checkpoints is whole ({', '.join(damaged)})"
-    elif saved or (run.checkpoints / "latest").exists() or mark.get("state") in ("stopped", "done"):
-        problem = f"step {max(saved, int(mark.get('step', 0)))} was saved and no checkpoint is there"
+    elif saved or (run.checkpoints / "latest").exists():
+        problem = f"step {saved or mark.get('step', '?')} was saved and no checkpoint is there"
     elif every_steps is not None and logged > 2 * every_steps:
         problem = f"{logged} steps are in its metrics and no checkpoint is there"
     if problem:

@@ -15,7 +15,7 @@ from data_pipeline.loaders.build import build_loader
 from mokd.checkpointing import choose, state
 from mokd.checkpointing.async_writer import AsyncCheckpointer
 from mokd.config import RunConfig
-from mokd.distributed.process_group import Ranks, barrier, decided_by_main
+from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main, decided_by_main
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.optim.precision import set_tf32
@@ -64,7 +64,7 @@ class Trainer:
         self.training_step = TrainingStep(config, self.branches, self.objective, stop, ranks, device, self.epoch_steps)
         self.identity = state.identity(config, self.loader.dataset_size)
         self.step = self._resume()
-        self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step)
+        self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step, stop)
         self.checkpointer = AsyncCheckpointer(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
 
     def _resume(self) -> int:
@@ -80,26 +80,25 @@ class Trainer:
     def fit(self) -> Outcome:
         """Trains to the end or to the step at which all ranks agree to stop; saves there either way."""
         with closing(self.loader), closing(self.report), closing(self.checkpointer):
-            if self.step == 0:
-                self.report.evaluate(self.branches, 0)
-            stopping = self.step >= self.total_steps
+            # what a stop has broken off is done now, ahead of further steps
+            stopping = not self._evaluate() or self.step >= self.total_steps
             while not stopping:
                 epoch, start = divmod(self.step, self.epoch_steps)
                 with closing(self._batches(epoch, start)) as batches:
                     for batch in batches:
-                        stopping = self._train_step(batch, epoch)
-                        at_epoch_end = self.step % self.epoch_steps == 0
-                        finished = self.step >= self.total_steps
-                        if finished or (at_epoch_end and self._evaluation_due(self.step // self.epoch_steps)):
-                            self.report.evaluate(self.branches, self.step)
-                        stopping = stopping or finished
-                        if stopping or self._save_due():
-                            self._save(last=stopping)
+                        asked = self._train_step(batch, epoch)
+                        stopping = asked or self.step >= self.total_steps
+                        if stopping or self._save_due() or self._evaluation_due():
+                            self._save(last=stopping)  # ahead of an evaluation, which may take long and costs no step
+                        if not asked and not self._evaluate():
+                            stopping = True
                         self.checkpointer.check()
                         if stopping:
                             break
-            barrier()  # nobody leaves before the checkpoint of the last step is published
-        if self.step >= self.total_steps:
+            if self.ranks.is_main:
+                self._wait_for_the_save()
+            barrier()  # nobody leaves before the newest checkpoint is published
+        if self.step >= self.total_steps and not (self.stop.reason and self._evaluation_missing()):
             return Outcome("done", self.step, "all steps done")
         return Outcome("stopped", self.step, self.stop.reason or "asked to stop")
 
@@ -121,9 +120,21 @@ class Trainer:
         self.report.step(self.step, epoch, self.branches, done.losses, done.rates)
         return done.stopping
 
-    def _evaluation_due(self, epochs_done: int) -> bool:
+    def _evaluation_due(self) -> bool:
+        """Whether the networks of this step are evaluated: before the first, at the end, and every so many epochs."""
         every = self.config.evaluation.every_epochs
-        return every is not None and epochs_done % every == 0
+        if every is None:
+            return False
+        return self.step >= self.total_steps or self.step % (every * self.epoch_steps) == 0
+
+    def _evaluation_missing(self) -> bool:
+        return self.ranks.is_main and self._evaluation_due() and not self.report.evaluated(self.step)
+
+    def _evaluate(self) -> bool:
+        """Evaluates where it is due and has not been done; False where all ranks agreed to break it off and stop."""
+        if not self._evaluation_due() or not broadcast_from_main(self._evaluation_missing()):
+            return True
+        return self.report.evaluate(self.branches, self.step)
 
     def _save_due(self) -> bool:
         return self.step % self._save_interval() == 0
@@ -151,6 +162,10 @@ class Trainer:
             "copy_seconds": round(time.perf_counter() - copying, 3),
         }
         self.checkpointer.save(self.step, snapshot, facts)
-        if last and not self.checkpointer.wait():
-            raise OSError(f"step {self.step}: the last checkpoint could not be saved")
+        if last:
+            self._wait_for_the_save()
         self.report.stood_still(time.perf_counter() - began)
+
+    def _wait_for_the_save(self) -> None:
+        if not self.checkpointer.wait():
+            raise OSError(f"step {self.step}: the last checkpoint could not be saved")

@@ -99,7 +99,7 @@ def test_only_what_is_older_than_a_published_checkpoint_is_pruned(run: RunDirect
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ({"state": "running", "step": 7, "checkpoint_step": 4}, "step 7 was saved"),
+        ({"state": "running", "step": 7, "checkpoint_step": 4}, "step 4 was saved"),
         ({"state": "stopped", "step": 3}, "step 3 was saved"),
     ],
 )
