@@ -25,7 +25,7 @@ from launcher.slurm import client
 from launcher.slurm.rank_entry import ENTRY, run_rank
 from launcher.slurm.sbatch_script import Script, SupervisedExecutor
 from launcher.slurm.status import current_job
-from mokd.config import RunConfig
+from mokd.config import RunConfig, with_absolute_paths
 from mokd.runs.files import replace_text
 from mokd.runs.run_directory import RunDirectory
 
@@ -49,24 +49,7 @@ def create_run(config: RunConfig, root: Path) -> RunDirectory:
             f"{path}: this run exists already; continue it with: mokd resume {path}, or set another name=..."
         )
     make_private(path)
-    return RunDirectory.create(path, _absolute(config))
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """The configuration with its paths as this working directory means them; a later `resume` may come from another."""
-    evaluation = config.evaluation
-    found = {key: value.absolute() for key in ("train", "test") if (value := getattr(evaluation, key)) is not None}
-    branches = [
-        branch.model_copy(update={"init": branch.init.absolute()}) if branch.init else branch
-        for branch in config.branches
-    ]
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"train": config.data.train.absolute()}),
-            "evaluation": evaluation.model_copy(update=found),
-            "branches": tuple(branches),
-        }
-    )
+    return RunDirectory.create(path, with_absolute_paths(config))
 
 
 def runnable_path(path: Path) -> Path:

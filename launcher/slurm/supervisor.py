@@ -25,6 +25,7 @@ from launcher.config import ClusterConfig, minutes
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
+from launcher.slurm.hang_watch import HangWatch
 from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide
 from launcher.slurm.srun_step import Step
 from mokd.runs.run_directory import EXIT_USER, RunDirectory
@@ -74,7 +75,7 @@ class Supervisor:
             return self._conclude(Facts(0, signals=self.signals, seconds_left=self._seconds_left()))
         self._clear_submitit_leftovers(command)
         step = Step(command, self._environment(), os.environ.get("SLURM_JOB_ID", ""), self.cluster)
-        code = step.run(self.run.path / "status.json", self._superseded)
+        code = step.run(HangWatch(self.run, self.attempt, self.cluster), self._superseded)
         mark = self.run.read_status()
         return self._conclude(
             Facts(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing import storage
 from mokd.checkpointing.reading import Checkpoint, DamagedCheckpointError, read_checkpoint
-from mokd.runs.files import sync_file
+from mokd.runs.files import replace_json, replace_text, sync_file
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
 
@@ -77,12 +78,45 @@ def _last_logged(run: RunDirectory) -> int:
 
 def restart(run: RunDirectory) -> Path:
     """Moves what a run has written aside, to `before-restart-<n>/` in it, to begin at step 0. Returns where."""
-    number = 1
-    while (aside := run.path / f"before-restart-{number}").exists():
-        number += 1
-    aside.mkdir(mode=0o700)
+    aside = _aside(run, "before-restart")
     for name in RESTARTED:
         if (run.path / name).exists():
             os.rename(run.path / name, aside / name)
     sync_file(run.path)
+    return aside
+
+
+def at_step(run: RunDirectory, step: int) -> Checkpoint:
+    """The checkpoint of a step; UserError where it is not there or not whole."""
+    there = [storage.step_of(found) for found in storage.step_directories(run)]
+    if step not in there:
+        raise UserError(
+            f"--from-step {step}: {run.path} has checkpoints of steps {', '.join(map(str, there)) or 'none'}"
+        )
+    path = storage.step_directory(run, step)
+    try:
+        return read_checkpoint(path)
+    except DamagedCheckpointError as error:
+        raise UserError(f"--from-step {step}: {path} is damaged ({error}); choose another step") from None
+
+
+def rewind(run: RunDirectory, found: Checkpoint) -> None:
+    """Makes a checkpoint the newest: later ones, and a copy of the metrics, go to `before-rewind-<n>/`."""
+    aside = _aside(run, "before-rewind")
+    if run.metrics_file.exists():
+        shutil.copy2(run.metrics_file, aside / run.metrics_file.name)
+    for later in storage.step_directories(run):
+        if storage.step_of(later) > found.step:
+            os.rename(later, aside / later.name)
+    replace_text(run.checkpoints / "latest", found.path.name + "\n", durable=True)
+    # it may have been done or failed: from now on it has come so far
+    back = {"state": "stopped", "step": found.step, "checkpoint_step": found.step, "reason": "taken back by its user"}
+    replace_json(run.path / "status.json", {**run.read_status(), **back}, durable=True)
+
+
+def _aside(run: RunDirectory, name: str) -> Path:
+    number = 1
+    while (aside := run.path / f"{name}-{number}").exists():
+        number += 1
+    aside.mkdir(mode=0o700)
     return aside

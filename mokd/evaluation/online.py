@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,16 @@ class Probed:
 class OnlineEvaluation:
     """Evaluates teachers while they are in training; a probe that is under way is asked for with `probed`."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopRequest) -> None:
-        self._config, self._ranks, self._device, self._stop = config, ranks, device, stop
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        stop: StopRequest,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """beat: told of every batch and block that is done."""
+        self._config, self._ranks, self._device, self._stop, self._beat = config, ranks, device, stop, beat
         self._sets: tuple[LabelledSet, LabelledSet] | None = None
         self._thread: threading.Thread | None = None
         self._result: Probed | None = None
@@ -77,6 +85,7 @@ class OnlineEvaluation:
                 device,
             )
             queries = F.normalize(everything, dim=1).to(device)
+            self._beat()
             found = knn.classify(blocks, labels, queries, section.knn.k, section.knn.temperature, classes)
             best[name] = max(accuracy(test.labels, answer.numpy())[0] for answer in found)
             if section.probe_images:
@@ -132,6 +141,7 @@ class OnlineEvaluation:
         batches = extract(backbones, [pooled] * len(backbones), loader, self._device)
         rounds = _rounds(data, self._config.evaluation.batch, self._ranks)
         for batch in until_asked(batches, rounds, self._stop, self._device):
+            self._beat()
             for own, rows in zip(parts, batch, strict=True):
                 own.append(rows.cpu())
         features = [torch.cat(own[1:] or own) for own in parts]

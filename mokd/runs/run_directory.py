@@ -69,6 +69,25 @@ class RunDirectory:
         return self.path / "eval"
 
     @property
+    def failures(self) -> Path:
+        """What was known when a loss was not finite, `step-<n>/`."""
+        return self.path / "failures"
+
+    @property
+    def changes_file(self) -> Path:
+        """Hyper-parameters changed on the way: lines of JSON with `time`, `step`, `key`, `before`, `after`."""
+        return self.path / "changes.jsonl"
+
+    @property
+    def heartbeats(self) -> Path:
+        """What every rank is doing, `rank-<r>.json`."""
+        return self.path / "heartbeat"
+
+    def phases_file(self, attempt: int) -> Path:
+        """When an attempt began which phase: lines of JSON with `time`, `phase`, `step`."""
+        return self._attempts / f"{attempt:04d}" / "phases.jsonl"
+
+    @property
     def _attempts(self) -> Path:
         return self.path / "attempts"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from mokd.distributed.process_group import Ranks, all_reduce_sum
 from mokd.distributed.stopping import StopRequest
 from mokd.evaluation.online import OnlineEvaluation
 from mokd.objectives.branch import Branch, BranchLoss
+from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.metrics import MetricsWriter, read_metrics
 from mokd.runs.progress import TrainingProgress
 from mokd.runs.run_directory import RunDirectory
@@ -50,15 +52,17 @@ class MetricLogger:
         total_steps: int,
         step: int,
         stop: StopRequest,
+        heartbeat: Heartbeat,
     ) -> None:
         self._stop = stop
+        self._lock = threading.Lock()  # of what the thread that saves writes too
         self._run, self._attempt, self._config, self._ranks, self._device = run, attempt, config, ranks, device
         self._checkpoint_step = step
         self._step = step
         self._total_steps = total_steps
         self._restart_clock(step)
         self._pending: _Pending | None = None
-        self._monitor = OnlineEvaluation(config, ranks, device, stop)
+        self._monitor = OnlineEvaluation(config, ranks, device, stop, heartbeat.beat)
         if ranks.is_main:
             self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
             self._measured = {(r["step"], key) for r in read_metrics(run.metrics_file) for key in r if "eval/" in key}
@@ -66,6 +70,14 @@ class MetricLogger:
             if step:
                 self._progress.say(f"resumed at step {step} of {total_steps}")
             self._status(epoch=0)
+
+    def newest_finite(self) -> dict[str, float | int]:
+        """The newest logged step of which every number is finite; nothing where there is none, or on other ranks."""
+        if not self._ranks.is_main:
+            return {}
+        self._write_pending()
+        records = [r for r in read_metrics(self._run.metrics_file) if "images_seen" in r]
+        return next((r for r in reversed(records) if None not in r.values()), {})
 
     def waited(self, seconds: float) -> None:
         """Adds time that the loop has spent waiting for data."""
@@ -126,11 +138,17 @@ class MetricLogger:
         return dict(zip(parts, means.unbind(), strict=True))
 
     def _write_pending(self) -> None:
-        """Writes the newest logged step, when its numbers have come from the device."""
-        if self._pending is None:
-            return
-        step, values, keys, numbers = self._pending
-        self._pending = None
+        """Writes the newest logged step, when its numbers have come from the device.
+
+        The loop and the thread that saves both call it: a step is written once, and status by one of them at a time.
+        """
+        with self._lock:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                self._write_values(pending)
+
+    def _write_values(self, pending: _Pending) -> None:
+        step, values, keys, numbers = pending
         values |= dict(zip(keys, numbers.values().tolist(), strict=True))
         self._metrics.write(values)
         self._progress.show(step, values)
@@ -179,7 +197,8 @@ class MetricLogger:
         if not top1:
             return
         self._measured |= {(step, f"eval/{branch}/{key}") for branch in top1}
-        self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
+        with self._lock:
+            self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
         shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
         self._progress.say(f"step {step}  {title} top-1  {shown}")
 
@@ -190,7 +209,8 @@ class MetricLogger:
     def flush(self) -> None:
         """Brings the metrics to the disk, ahead of a checkpoint that builds on them."""
         self._write_pending()
-        self._metrics.flush()
+        with self._lock:
+            self._metrics.flush()
 
     def close(self) -> None:
         """Closes files and the progress line."""

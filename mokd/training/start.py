@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
-from mokd.config import RunConfig
+from mokd.config import RunConfig, with_absolute_paths
 from mokd.distributed.local_ranks import train_locally
 from mokd.runs.files import replace_text
 from mokd.runs.run_directory import EXIT_USER, RunDirectory
-from mokd.training.feasibility import check
+from mokd.training.feasibility import check, data_identity
 
 
 def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int, restart: bool = False) -> RunDirectory:
@@ -21,7 +22,7 @@ def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int, res
     restart: begin at step 0; what the run has written so far is moved aside. UserError when the run exists and neither
     was asked for, or when it cannot work.
     """
-    path = root / config.name
+    path, config = root / config.name, with_absolute_paths(config)
     exists = (path / "config.yaml").is_file()
     if exists and not (resume or restart):
         raise UserError(f"{path}: this run exists already; continue it with --resume, or set another name=...")
@@ -47,8 +48,25 @@ def _check_resumable(run: RunDirectory, config: RunConfig) -> None:
 
     found = choose.to_resume_from(run, None)
     if found is not None:
-        size = found.state["identity"].get("dataset_size")
-        state.check_identity(found, state.identity(config, size))
+        state.check_identity(found, state.identity(config, data_identity(config)))
+
+
+def change(run: RunDirectory, overrides: Sequence[str], from_step: int | None) -> RunConfig:
+    """Applies `key=value` to a run that is to be resumed, from a given step or its newest checkpoint.
+
+    UserError for a key that may not change on the way. What changes is recorded once training goes on from there.
+    """
+    from mokd.checkpointing import choose, state
+
+    config = with_absolute_paths(schema.load(RunConfig, run.config_file, overrides))
+    expected = state.identity(config, data_identity(config))
+    found = choose.newest(run) if from_step is None else choose.at_step(run, from_step)
+    if found is not None:
+        state.check_identity(found, expected)
+    if found is not None and from_step is not None:
+        choose.rewind(run, found)
+    replace_text(run.config_file, schema.dump_yaml(config), durable=True)
+    return config
 
 
 def train(
@@ -66,7 +84,7 @@ def _train_as_rank(config: RunConfig, root: Path, resume: bool, restart: bool) -
     from mokd.training.entry import main
 
     ranks = ranks_from_environment()
-    join(ranks, pick_device(ranks), config.parallel.timeout_seconds)
+    join(ranks, pick_device(ranks), config.parallel.startup_timeout_seconds)
     try:
         # one rank prepares the directory, all hear whether it worked
         run = decided_by_main(

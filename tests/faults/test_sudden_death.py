@@ -131,7 +131,8 @@ def test_hang(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Re
     (run.path / "hold").unlink()
     status = wait_until_final(run)
     assert status.state == "done", logs(run)
-    assert [restart["reason"] for restart in status.restarts] == ["hang: no sign of life for 5 s"]
+    assert len(status.restarts) == 1
+    assert "without progress for 5 s in phase step" in status.restarts[0]["reason"]
     assert status.restarts[0]["step"] >= 10
     record_property("lost", "<= K")
 
