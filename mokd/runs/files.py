@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Puts `content` in place of the file `path` by rename, as `replace_text`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # of this thread alone, on whichever node: the directory may be shared
+    owner = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    beside = path.with_name(f".{path.name}.{owner}.partial")
     try:
         with open(beside, "wb") as stream:
             stream.write(content)

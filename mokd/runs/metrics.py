@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mokd.runs.files import replace_text
 from mokd.runs.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,7 @@ def _keep_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _open_tensorboard(directory: Path, step: int) -> Any:
