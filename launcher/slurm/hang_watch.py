@@ -34,12 +34,11 @@ class HangWatch:
         """Which rank is stuck in what, or None."""
         now = time.monotonic()
         records = read_heartbeats(self._run, self._attempt)
-        stuck = [
-            record for record in records if self._idle(record, now) > limit_seconds(record["phase"], self._cluster)
-        ]
-        if stuck:
-            # all wait for the one that is furthest behind, whichever's limit is over first
-            limit, record = limit_seconds(stuck[0]["phase"], self._cluster), slowest(records)
+        # a rank that has saved waits in its next step for one that still saves: the longest limit is everybody's
+        limit = max((limit_seconds(record["phase"], self._cluster) for record in records), default=0)
+        idle = [self._idle(record, now) for record in records]
+        if max(idle, default=0) > limit:
+            record = slowest(records)  # all wait for the one that is furthest behind
             who = f"rank {record['rank']} on {record['host']}"
             return f"hang: {who} without progress for {limit} s in phase {record['phase']}, step {record['step']}"
         limit, missing = self._cluster.startup_timeout_seconds, self._cluster.world_size - len(records)

@@ -101,10 +101,9 @@ class Trainer:
                         asked = self._train_step(batch, epoch)
                         stopping = asked or self.step >= self.total_steps
                         if stopping or self._save_due() or self._evaluation_due():
+                            # ahead of an evaluation, which may take long and costs no step
                             with self._phase("save"):
-                                self._save(
-                                    last=stopping
-                                )  # ahead of an evaluation, which may take long and costs no step
+                                self._save(last=stopping)
                         if not asked and not self._evaluate():
                             stopping = True
                         self.checkpointer.check()

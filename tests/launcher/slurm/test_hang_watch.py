@@ -64,6 +64,12 @@ def test_a_rank_whose_main_thread_is_stuck_is_named_though_its_thread_lives(
     assert found.endswith("without progress for 2 s in phase step, step 7")
 
 
+def test_a_rank_that_waits_for_one_that_saves_is_not_stuck(run: RunDirectory, hearts: list[Heartbeat]) -> None:
+    hearts[0].phase("save", 8)
+    hearts[1].phase("step", 8)
+    assert verdict(HangWatch(run, 1, ClusterConfig(nodes=2, **SHORT)), 4.0) is None
+
+
 def test_a_start_is_limited_as_a_whole(run: RunDirectory, hearts: list[Heartbeat]) -> None:
     watch = HangWatch(run, 1, ClusterConfig(nodes=2, startup_timeout_seconds=2))
     end, found = time.monotonic() + 30.0, None
