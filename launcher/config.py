@@ -49,7 +49,10 @@ class ClusterConfig(StrictModel):
     max_requeues: NonNegativeInt = 1000
     max_restarts_without_progress: NonNegativeInt = 3
     startup_timeout_seconds: Annotated[PositiveInt, Field(description="from start to the first step")] = 1800
-    hang_timeout_seconds: Annotated[PositiveInt, Field(description="without a sign of life")] = 900
+    compile_timeout_seconds: Annotated[PositiveInt, Field(description="a first step that compiles")] = 3600
+    hang_timeout_seconds: Annotated[PositiveInt, Field(description="without a step while training")] = 900
+    evaluate_timeout_seconds: Annotated[PositiveInt, Field(description="without a batch in an evaluation")] = 3600
+    save_timeout_seconds: Annotated[PositiveInt, Field(description="a save that training waits for")] = 1800
     kill_after_seconds: Annotated[PositiveInt, Field(description="for the others to leave when a rank has died")] = 8
 
     @field_validator("partition", "account", "qos", "constraint", "exclude", "time")

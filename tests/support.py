@@ -37,6 +37,8 @@ VIT: dict[str, Any] = {
 }
 THIRD: dict[str, Any] = {**VIT, "name": "vit_wide", "backbone_options": {**VIT["backbone_options"], "embed_dim": 36}}
 
+DINO_ONLY = ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs")
+
 # changes that turn `tiny` into a contrastive run; the 16 keys of a step do not divide the bank
 CONTRASTIVE: dict[str, Any] = {
     "objective": {"kind": "contrastive", "width": 16, "projection": {"hidden": 32}, "bank": {"size": 40}},
@@ -66,6 +68,8 @@ def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
         for part in above:
             node = node.setdefault(part, {})
         node[key] = copy.deepcopy(value)
+    if raw["objective"]["kind"] == "contrastive":  # which has no such parts
+        raw["branches"] = [{k: v for k, v in branch.items() if k not in DINO_ONLY} for branch in raw["branches"]]
     return raw
 
 

@@ -17,7 +17,7 @@ from launcher.runs.goodput import goodput
 from launcher.runs.records import Records
 from launcher.slurm.status import FINAL, RunStatus, find_runs, read_status
 from mokd.comparison.solo import load_run_config
-from mokd.config import RunConfig
+from mokd.config import RunConfig, load_config
 from mokd.runs.progress import duration
 from mokd.runs.run_directory import RunDirectory
 
@@ -130,6 +130,9 @@ def _launch_sweep(
 def resume(
     flags: Flags,
     run: Run,
+    overrides: Overrides = None,
+    from_step: Annotated[int | None, typer.Option(help="go on from this checkpoint; later ones are kept aside")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="begin at step 0; what the run has is kept aside")] = False,
     update_code: Annotated[bool, typer.Option(help="run today's code instead of the run's own snapshot")] = False,
     local: Local = False,
     dry_run: DryRun = False,
@@ -141,9 +144,9 @@ def resume(
     from launcher.slurm import submit
 
     directory = open_run(run)
-    if directory.read_status().get("state") == "done":
+    if directory.read_status().get("state") == "done" and not restart and from_step is None:
         raise UserError(f"{directory.path}: this run is done; there is nothing to resume")
-    config, last = directory.config(), Records(directory).last_launch()
+    config, last = load_config(directory.config_file, overrides or []), Records(directory).last_launch()
     # as launched last; with another site, as the configuration says
     as_before = last is not None and "site" not in flags
     section = {**last.cluster, "site": None} if last and as_before else config.cluster
@@ -156,6 +159,17 @@ def resume(
         _show_plan(submit.run_script(directory, cluster, number), directory.path, cluster, local, as_json)
         return
     _need_slurm(local)
+    if restart:
+        from mokd.checkpointing import choose
+
+        submit.wait_for_the_last(directory)
+        messages.print(f"what there was is in {choose.restart(directory)}", markup=False)
+        RunDirectory.create(directory.path, config)
+    elif overrides or from_step is not None:
+        from mokd.training.start import change
+
+        submit.wait_for_the_last(directory)
+        change(directory, overrides or [], from_step)
     start = submit.submit_local if local else submit.submit
     _tell(start(directory, cluster, new_code=update_code), as_json)
 
@@ -287,6 +301,14 @@ def _print_one(found: RunStatus) -> None:
     columns = ["run", "state", "step", "epoch", "images/s", "ETA", "restarts", "checkpoint", "nodes"]
     rows = [[name, value] for name, value in zip(columns, _row(found), strict=True)]
     rows += [["job", found.job_id or "-"], ["attempt", str(found.attempt)], ["reason", found.reason or "-"]]
+    if found.phase and found.phase_seconds is not None:
+        rows.append(["phase", f"{found.phase}, for {duration(found.phase_seconds)}"])
+    if (slow := found.slowest_rank) is not None:
+        idle = duration(slow["seconds_without_progress"])
+        rows.append(
+            ["slowest rank", f"{slow['rank']} on {slow['host']}: {slow['phase']}, step {slow['step']}, {idle} ago"]
+        )
+    rows += [[f"changed at step {c['step']}", f"{c['key']}: {c['before']} -> {c['after']}"] for c in found.changes]
     rows += [[f"loss {branch}", f"{value:.3f}"] for branch, value in found.losses.items()]
     rows += [[f"restart at step {restart['step']}", restart["reason"]] for restart in found.restarts]
     print_table(found.run, ["", ""], rows)

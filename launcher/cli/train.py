@@ -44,6 +44,7 @@ def train(
     solo: Solo = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run if it exists")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="begin at step 0; what the run has is kept aside")] = False,
     root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
 ) -> None:
     """Train on this machine. Stops at a step boundary on Ctrl-C or SIGTERM; --resume continues there.
@@ -54,7 +55,7 @@ def train(
     from mokd.training.start import train as start
 
     resolved = load_run_config(find_config(config), overrides or [], solo)
-    run, status = start(resolved, root, resume=resume, nproc=nproc)
+    run, status = start(resolved, root, resume=resume, restart=restart, nproc=nproc)
     if status == 0:
         _show_progress(run.path, resolved)
     elif status == EXIT_STOPPED:

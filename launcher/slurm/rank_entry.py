@@ -54,9 +54,11 @@ def run_rank(directory: str, entry: str = ENTRY) -> str:
         return str(train(run.path, stop=stop).state)
     except StaleAttemptError as error:
         print(f"leaving: {error}", file=sys.stderr, flush=True)
+        _abandon()
         raise SystemExit(EXIT_SUPERSEDED) from None
     except Exception as error:
         _leave_word(run, attempt, rank, error)
+        _abandon()
         raise
 
 
@@ -72,6 +74,14 @@ def _export_rank() -> int:
     }
     os.environ.update({name: str(value) for name, value in variables.items()})
     return int(job.global_rank)
+
+
+def _abandon() -> None:
+    """Leaves the process group without waiting for ranks that are stuck in it."""
+    if "torch.distributed" in sys.modules:
+        from mokd.distributed.process_group import abandon
+
+        abandon()
 
 
 def _node() -> str:

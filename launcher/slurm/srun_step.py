@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from launcher.config import ClusterConfig
 from launcher.slurm import client
+from launcher.slurm.hang_watch import HangWatch
 from launcher.slurm.requeue_policy import TaskError
 
 _TASKS = re.compile(r"srun: error: (?P<node>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)")
@@ -30,9 +30,8 @@ class Step:
         self.hang: str | None = None
         self._first_error = 0.0
 
-    def run(self, status: Path, superseded: Callable[[], bool]) -> int:
-        """Runs the ranks to their end. `status` is the file whose changes are their sign of life."""
-        began = time.time()
+    def run(self, watch: HangWatch, superseded: Callable[[], bool]) -> int:
+        """Runs the ranks to their end; `watch` says when they hang."""
         process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -51,23 +50,10 @@ class Step:
                 self._kill("a newer attempt has taken over")
             elif self.hang is not None:
                 self._kill(self.hang)  # the order may have been lost on its way
-            elif (silence := self._silence(status, began)) and self._kill(silence, dump=True):
-                self.hang = silence  # until the order is taken it is judged anew: the ranks may have come to life again
+            elif (hang := watch.hung()) and self._kill(hang, dump=True):
+                self.hang = hang  # until the order is taken it is judged anew: the ranks may have come to life again
         listener.join(timeout=5.0)
         return process.returncode
-
-    def _silence(self, status: Path, began: float) -> str | None:
-        """Why the ranks count as hung, or None."""
-        try:
-            alive = status.stat().st_mtime
-        except OSError:
-            alive = 0.0
-        # the supervisor itself wrote the status once, just before the ranks started
-        running = alive > began
-        limit = self._cluster.hang_timeout_seconds if running else self._cluster.startup_timeout_seconds
-        if time.time() - max(alive, began) <= limit:
-            return None
-        return f"hang: no sign of life for {limit} s" + ("" if running else " after the start")
 
     def _kill(self, why: str, dump: bool = False) -> bool:
         """Orders the end of all ranks; whether SLURM has taken the order."""

@@ -13,6 +13,8 @@ from launcher.runs.processes import process_start
 from launcher.runs.records import Ending, Launch, Records, checkpoint_step
 from launcher.slurm import client
 from mokd.runs.files import read_json
+from mokd.runs.heartbeat import read_heartbeats, slowest
+from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
 
 # states that a run does not leave without a new launch
@@ -38,6 +40,10 @@ class RunStatus:
     eta_seconds: float | None = None
     checkpoint_age_seconds: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    phase: str | None = None
+    phase_seconds: float | None = None
+    slowest_rank: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -53,6 +59,8 @@ def read_status(run: RunDirectory) -> RunStatus:
     last = _last_metrics(run.metrics_file)
     step = max(int(mark.get("step", 0)), checkpoint_step(run))
     total = mark.get("total_steps")
+    hearts = [] if state in FINAL else read_heartbeats(run, run.current_attempt())
+    behind = slowest(hearts) if hearts else None
     speed = last.get("images_per_second") if state == "running" else None
     return RunStatus(
         run=str(run.path),
@@ -72,6 +80,10 @@ def read_status(run: RunDirectory) -> RunStatus:
         losses={
             key.split("/")[1]: value for key, value in last.items() if key.endswith("/total") and value is not None
         },
+        changes=read_metrics(run.changes_file),
+        phase=hearts[0]["phase"] if hearts else None,
+        phase_seconds=time.time() - hearts[0]["since"] if hearts else None,
+        slowest_rank=behind and {**behind, "seconds_without_progress": time.time() - behind["progressed"]},
     )
 
 

@@ -25,7 +25,7 @@ from launcher.slurm import client
 from launcher.slurm.rank_entry import ENTRY, run_rank
 from launcher.slurm.sbatch_script import Script, SupervisedExecutor
 from launcher.slurm.status import current_job
-from mokd.config import RunConfig
+from mokd.config import RunConfig, with_absolute_paths
 from mokd.distributed.free_port import free_port
 from mokd.runs.files import replace_text
 from mokd.runs.run_directory import RunDirectory
@@ -50,24 +50,7 @@ def create_run(config: RunConfig, root: Path) -> RunDirectory:
             f"{path}: this run exists already; continue it with: mokd resume {path}, or set another name=..."
         )
     make_private(path)
-    return RunDirectory.create(path, _absolute(config))
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """The configuration with its paths as this working directory means them; a later `resume` may come from another."""
-    evaluation = config.evaluation
-    found = {key: value.absolute() for key in ("train", "test") if (value := getattr(evaluation, key)) is not None}
-    branches = [
-        branch.model_copy(update={"init": branch.init.absolute()}) if branch.init else branch
-        for branch in config.branches
-    ]
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"train": config.data.train.absolute()}),
-            "evaluation": evaluation.model_copy(update=found),
-            "branches": tuple(branches),
-        }
-    )
+    return RunDirectory.create(path, with_absolute_paths(config))
 
 
 def runnable_path(path: Path) -> Path:
@@ -184,12 +167,12 @@ def cancel(run: RunDirectory) -> str:
 def _prepare(run: RunDirectory, new_code: bool) -> str:
     make_private(run.path)
     make_private(run.jobs)
-    _wait_for_the_last(run)
+    wait_for_the_last(run)
     code = run.path / "code"
     return code_snapshot.take(code) if new_code or not code.is_dir() else code_snapshot.digest(code)
 
 
-def _wait_for_the_last(run: RunDirectory) -> None:
+def wait_for_the_last(run: RunDirectory) -> None:
     """UserError while a job of the run is at work; one that was cancelled is given the time to save and leave."""
     last: Launch | None = Records(run).last_launch()
     deadline = time.monotonic() + LEAVING_SECONDS

@@ -26,6 +26,7 @@ from launcher.runs.goodput import steps_done
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
+from launcher.slurm.hang_watch import HangWatch
 from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide
 from launcher.slurm.srun_step import Step
 from mokd.distributed.free_port import free_port
@@ -82,7 +83,7 @@ class Supervisor:
             return self._conclude(Facts(0, signals=self.signals, seconds_left=self._seconds_left()))
         self._clear_submitit_leftovers(command)
         step = Step(command, self._environment(), self.job_id, self.cluster)
-        code = step.run(self.run.path / "status.json", self._superseded)
+        code = step.run(HangWatch(self.run, self.attempt, self.cluster), self._superseded)
         mark = self.run.read_status()
         return self._conclude(
             Facts(

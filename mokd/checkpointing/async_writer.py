@@ -74,6 +74,6 @@ class AsyncCheckpointer:
             self._success = storage.publish(self._run, self._attempt, step, snapshot, facts)
             if self._success:
                 self._published(step)
-                storage.prune(self._run, self._config.keep_last, self._config.keep_every_steps)
+                storage.prune(self._run, step, self._config.keep_last, self._config.keep_every_steps)
         except BaseException as error:
             self._error = error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
-from mokd.checkpointing.storage import Checkpoint, SavedTensors
+from mokd.checkpointing.reading import Checkpoint, SavedTensors
 from mokd.config import RunConfig
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
@@ -18,7 +19,16 @@ from mokd.objectives.branch import Branch
 OBJECTIVE_FILE = "objective"
 
 # What a resumed run must have in common with its checkpoint: a different value would be another run.
-FIXED = ("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs")
+FIXED = (
+    *("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs"),
+    *("data.order", "data.limit"),
+)
+# What may be changed on the way, openly: rates, decay, clipping, precision and the weights of terms.
+_RATES = r"(lr|min_lr|weight_decay)(\.[01])?"
+CHANGEABLE = re.compile(
+    rf"branches\.\d+\.((optimizer|t_head_group)\.{_RATES}|weight)|optim\.clip_grad_norm|precision\.\w+"
+    r"|objective\.(cross_weight|residual_weight)"
+)
 
 
 def collect(branches: Sequence[Branch], objective: Objective[Any], *, main: bool) -> dict[str, dict[str, Tensor]]:
@@ -88,40 +98,58 @@ def network_tensors(checkpoint: Checkpoint, branch: str, network: str) -> dict[s
     return _below(checkpoint.tensors(branch_file(branch)), f"{network}.")
 
 
-def identity(config: RunConfig, dataset_size: int) -> dict[str, Any]:
-    """What makes two stretches of training parts of one run."""
+def identity(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two stretches of training parts of one run.
+
+    data: size and fingerprint of the training images.
+    """
     document = config.model_dump(mode="json")
     for branch in document["branches"]:
         del branch["activation_checkpointing"]  # changes memory and time, and nothing else
-    return {**{key: _at(document, key) for key in FIXED}, "dataset_size": dataset_size}
+    return {**{key: _at(document, key) for key in FIXED}, **data}
+
+
+def changeable(config: RunConfig) -> dict[str, Any]:
+    """The values of everything that may be changed on the way, by key path."""
+    document = config.model_dump(mode="json", include={"branches", "objective", "optim", "precision"})
+    leaves = _leaves("", document)
+    return {path: value for path, value in leaves if CHANGEABLE.fullmatch(path)}
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inside is None:
+        yield path, value
+        return
+    for key, part in inside:
+        yield from _leaves(f"{path}.{key}" if path else str(key), part)
 
 
 def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
-    """UserError naming the first key in which the configuration differs from the checkpoint's."""
+    """UserError naming the first key in which the configuration differs, unless it may be changed (`CHANGEABLE`)."""
     found = checkpoint.state.get("identity", {})
     for key, value in expected.items():
-        path, given, saved = _difference(key, value, found.get(key))
-        if path:
+        if key not in found:
+            continue  # a checkpoint from before this was part of it
+        for path, given, saved in _differences(key, value, found[key]):
+            if CHANGEABLE.fullmatch(path):
+                continue
             raise UserError(
                 f"{checkpoint.path}: cannot resume, {path} is {given!r} now and was {saved!r} when it was saved; "
                 "set it back, or start a run of another name"
             )
 
 
-def _difference(path: str, now: Any, then: Any) -> tuple[str, Any, Any]:
+def _differences(path: str, now: Any, then: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Key paths in which two values differ, with both."""
     if isinstance(now, dict) and isinstance(then, dict):
         for key in [*now, *(k for k in then if k not in now)]:
-            found = _difference(f"{path}.{key}", now.get(key), then.get(key))
-            if found[0]:
-                return found
-        return "", None, None
-    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+            yield from _differences(f"{path}.{key}", now.get(key), then.get(key))
+    elif isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
         for i, (a, b) in enumerate(zip(now, then, strict=True)):
-            found = _difference(f"{path}.{i}", a, b)
-            if found[0]:
-                return found
-        return "", None, None
-    return ("", None, None) if now == then else (path, _short(now), _short(then))
+            yield from _differences(f"{path}.{i}", a, b)
+    elif now != then:
+        yield path, _short(now), _short(then)
 
 
 def _short(value: Any) -> Any:

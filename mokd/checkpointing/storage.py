@@ -12,75 +12,24 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mokd.checkpointing.crash_points import crash_point
-from mokd.runs.files import file_checksum, read_json, replace_text, sync_file
+from mokd.checkpointing.reading import CHECKSUMS, FORMAT, STATE, DamagedCheckpointError, read_checkpoint
+from mokd.runs.files import file_checksum, replace_text, sync_file
 from mokd.runs.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-CHECKSUMS = "checksums.json"
-
 Snapshot = Mapping[str, Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-
-    @property
-    def checksums(self) -> dict[str, str]:
-        """SHA-256 of every file, by name."""
-        return read_json(self.path / CHECKSUMS) or {}
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, `name` without suffix, on the CPU."""
-        return load_file(self.path / f"{name}.safetensors")
-
-    @contextmanager
-    def open(self, name: str) -> Generator[SavedTensors]:
-        """One file, to be read tensor by tensor."""
-        with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
-            yield SavedTensors(file, list(file.keys()))
-
-
-@dataclass(frozen=True)
-class SavedTensors:
-    """The tensors of an open file whose names begin with `prefix`, named without it."""
-
-    file: Any
-    names: Sequence[str]
-    prefix: str = ""
-
-    def below(self, prefix: str) -> SavedTensors:
-        """Those whose names begin with `prefix`."""
-        return SavedTensors(self.file, [n for n in self.names if n.startswith(prefix)], prefix)
-
-    def keys(self) -> list[str]:
-        """Their names."""
-        return [name.removeprefix(self.prefix) for name in self.names]
-
-    def read(self, key: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some rows of it: nothing else is read from the disk."""
-        if rows is None:
-            return self.file.get_tensor(self.prefix + key)
-        part = self.file.get_slice(self.prefix + key)
-        return part[rows.start : rows.stop] if part.get_shape() else self.file.get_tensor(self.prefix + key)
 
 
 def step_directory(run: RunDirectory, step: int) -> Path:
@@ -96,9 +45,11 @@ def publish(run: RunDirectory, attempt: int, step: int, snapshot: Snapshot, stat
     run.check_attempt(attempt)
     target = step_directory(run, step)
     if target.exists():
-        if read_checkpoint(target) is not None:
+        try:
+            read_checkpoint(target)
             return True  # the same step saved twice, for an interval and for a stop
-        shutil.rmtree(target)
+        except DamagedCheckpointError as error:
+            set_aside(target, str(error))
     clear_leftovers(run)
     beside = run.checkpoints / f".step-{step}.{attempt}.partial"
     try:
@@ -112,8 +63,8 @@ def publish(run: RunDirectory, attempt: int, step: int, snapshot: Snapshot, stat
             checksums[file.name] = file_checksum(file)
             crash_point(f"wrote {name}")
         document = json.dumps({"format": FORMAT, "step": step, "attempt": attempt, **state}, indent=1)
-        replace_text(beside / "state.json", document, durable=True)
-        checksums["state.json"] = file_checksum(beside / "state.json")
+        replace_text(beside / STATE, document, durable=True)
+        checksums[STATE] = file_checksum(beside / STATE)
         replace_text(beside / CHECKSUMS, json.dumps(checksums, indent=1), durable=True)
         crash_point("complete")
         run.check_attempt(attempt)  # as late as can be: a leftover must not publish
@@ -133,11 +84,13 @@ def publish(run: RunDirectory, attempt: int, step: int, snapshot: Snapshot, stat
     return True
 
 
-def prune(run: RunDirectory, keep_last: int, keep_every: int | None) -> None:
-    """Removes old complete checkpoints, never the newest `keep_last` and those divisible by `keep_every`."""
-    found = sorted(_step_directories(run), key=_step_of)
+def prune(run: RunDirectory, published: int, keep_last: int, keep_every: int | None) -> None:
+    """Removes checkpoints from before the step that has just been published and verified: not the `keep_last` newest
+    with that one, and never those divisible by `keep_every`.
+    """
+    found = [path for path in step_directories(run) if step_of(path) <= published]
     for path in found[:-keep_last]:
-        if keep_every and _step_of(path) % keep_every == 0:
+        if keep_every and step_of(path) % keep_every == 0:
             continue
         # out of sight first: a directory that is half removed must not look like a checkpoint
         hidden = path.with_name(f".{path.name}.removed")
@@ -152,35 +105,22 @@ def clear_leftovers(run: RunDirectory) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(run: RunDirectory) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
-    for path in sorted(_step_directories(run), key=_step_of, reverse=True):
-        checkpoint = read_checkpoint(path)
-        if checkpoint is not None:
-            return checkpoint
-        log.warning("%s is damaged; the checkpoint before it is used", path)
-    return None
+def set_aside(path: Path, reason: str) -> Path:
+    """Renames a damaged checkpoint, with the reason in its name: no checkpoint any more, and nothing removes it."""
+    told = re.sub(r"[^A-Za-z0-9._]+", "-", reason)[:100]
+    names = (f"damaged-{path.name}--{told}{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    os.rename(path, target)
+    sync_file(path.parent)
+    log.warning("%s is damaged (%s); set aside as %s", path, reason, target.name)
+    return target
 
 
-def read_checkpoint(path: Path) -> Checkpoint | None:
-    """A checkpoint whose every file matches its checksum; None when anything is missing or changed."""
-    checksums = read_json(path / CHECKSUMS)
-    if not isinstance(checksums, dict) or not checksums:
-        return None
-    try:
-        if any(file_checksum(path / name) != value for name, value in checksums.items()):
-            return None
-    except OSError:
-        return None
-    state = read_json(path / "state.json")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        return None
-    return Checkpoint(path, int(state["step"]), state)
+def step_directories(run: RunDirectory) -> list[Path]:
+    """What is published, whole or damaged, oldest step first."""
+    return sorted((path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()), key=step_of)
 
 
-def _step_directories(run: RunDirectory) -> list[Path]:
-    return [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()]
-
-
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a directory `step-<n>`."""
     return int(path.name[5:])

@@ -28,7 +28,7 @@ from mokd.config.objectives import (
     TermsConfig,
     THeadConfig,
 )
-from mokd.config.run import RunConfig, load_config
+from mokd.config.run import RunConfig, load_config, with_absolute_paths
 
 __all__ = [
     "AnyObjectiveConfig",
@@ -58,4 +58,5 @@ __all__ = [
     "TermsConfig",
     "TransferConfig",
     "load_config",
+    "with_absolute_paths",
 ]

@@ -60,7 +60,10 @@ class ParallelConfig(StrictModel):
     reshard_after_forward: Annotated[
         bool, Field(description="fsdp: free a block's gathered weights after its forward pass")
     ] = True
-    timeout_seconds: Annotated[PositiveFloat, Field(description="a collective older than this ends the run")] = 600.0
+    startup_timeout_seconds: Annotated[
+        PositiveFloat, Field(description="a collective older than this ends the attempt, until the first step is done")
+    ] = 1800.0
+    timeout_seconds: Annotated[PositiveFloat, Field(description="the same after the first step")] = 600.0
     threads_per_rank: Annotated[PositiveInt | None, Field(description="torch threads; default: cores per rank")] = None
 
 

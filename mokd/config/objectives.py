@@ -114,7 +114,17 @@ class ContrastiveConfig(ObjectiveConfig):
     residual_weight: Annotated[NonNegativeFloat, Field(description="lambda, of the other teacher's projection")] = 0.5
 
     def check_run(self, run: RunConfig) -> None:
-        """ValueError unless there are two views of one size and the bank takes the keys of a step."""
+        """ValueError unless there are two views of one size, the bank takes the keys of a step, and no branch is given
+        what only the other objective reads.
+        """
+        for branch in run.branches:
+            for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs"):
+                # a resolved configuration has every default written out: those mean nothing
+                if getattr(branch, key) != type(branch).model_fields[key].default:
+                    raise ValueError(
+                        f"branches.{branch.name}.{key}: objective contrastive has no such part; remove it "
+                        "(its heads are objective.projection, its temperature objective.temperature)"
+                    )
         if (run.views.global_crops.count, run.views.local_crops.count) != (2, 0):
             raise ValueError(
                 "objective contrastive: has two views of an image; "

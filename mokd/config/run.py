@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.core import schema
 from data_pipeline.core.schema import NonNegativeInt, StrictModel
 from mokd.config.branches import BranchConfig
-from mokd.config.evaluation import EvaluationConfig
+from mokd.config.evaluation import EvaluationConfig, TransferConfig
 from mokd.config.execution import (
     CheckpointConfig,
     ExecutionConfig,
@@ -69,6 +69,28 @@ class RunConfig(StrictModel):
         """Steps after which the run is done."""
         steps = self.optim.epochs * steps_per_epoch
         return min(steps, self.optim.max_steps or steps)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with its paths as this working directory means them; a later call may come from another."""
+    evaluation, transfer = config.evaluation, config.evaluation.transfer
+    branches = [
+        branch.model_copy(update={"init": branch.init.absolute()}) if branch.init else branch
+        for branch in config.branches
+    ]
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"train": config.data.train.absolute()}),
+            "evaluation": evaluation.model_copy(
+                update={**_absolute(evaluation), "transfer": transfer.model_copy(update=_absolute(transfer))}
+            ),
+            "branches": tuple(branches),
+        }
+    )
+
+
+def _absolute(section: EvaluationConfig | TransferConfig) -> dict[str, Path]:
+    return {key: value.absolute() for key in ("train", "test") if (value := getattr(section, key)) is not None}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

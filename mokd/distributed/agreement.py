@@ -1,14 +1,22 @@
-"""What all ranks decide together in every step: to stop, and that every loss is finite."""
+"""What all ranks decide together: to stop, in a step and in long work between steps, and that every loss is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mokd.distributed.host_copy import HostCopy
+from mokd.distributed.stopping import StopRequest
+
+T = TypeVar("T")
+
+
+class BrokenOffError(Exception):
+    """All ranks have agreed to break long work off, because one was asked to stop."""
 
 
 class Agreement:
@@ -35,6 +43,26 @@ class Agreement:
         """Whether anybody was asked to stop, and the names of the terms that are not finite on some rank."""
         stopping, *broken = self._answer.values().tolist()
         return bool(stopping), [name for name, is_bad in zip(self._names, broken, strict=True) if is_bad]
+
+
+def until_asked(items: Iterable[T], rounds: int, stop: StopRequest, device: torch.device) -> Generator[T]:
+    """The items of this rank, one a round, with a small agreement before each; all ranks go through `rounds` rounds.
+
+    rounds: at least as many as any rank has items. BrokenOffError on all ranks when any was asked to stop.
+    """
+    own = iter(items)
+    try:
+        for _ in range(rounds):
+            asked = _maximum(torch.full((1,), int(stop.reason is not None), dtype=torch.int32, device=device))
+            if int(asked):
+                stop.request("another rank was asked to stop")
+                raise BrokenOffError
+            for item in own:
+                yield item
+                break
+    finally:
+        if isinstance(own, Generator):
+            own.close()
 
 
 def _maximum(flags: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -102,10 +102,33 @@ def join(ranks: Ranks, device: torch.device, timeout_seconds: float) -> None:
     )
 
 
+def set_timeout(timeout_seconds: float) -> None:
+    """From now on a collective may take so long."""
+    if dist.is_initialized():
+        # the public name is newer than the oldest torch that is supported
+        change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        change(timedelta(seconds=timeout_seconds))
+
+
 def leave() -> None:
-    """Leaves the process group, if any."""
+    """Leaves the process group, if any, when all ranks do: NCCL finishes what is under way."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon() -> None:
+    """Leaves the process group, if any, after a failure of this rank alone: nothing under way is waited for.
+
+    To be called after the rank has left its word: from here on the others see a closed connection.
+    """
+    if not dist.is_initialized():
+        return
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    # gloo has nothing to abort; without an abort, leaving the process closes NCCL's connections too
+    if dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    elif abort is not None:
+        abort()
 
 
 def world_size() -> int:
@@ -135,6 +158,21 @@ def broadcast_from_main(value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What the first rank has found, on every rank; the UserError that it has met is every rank's too."""
+    found: T | None = None
+    problem: str | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = decide()
+        except UserError as error:
+            problem = str(error)
+    found, problem = broadcast_from_main((found, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return cast(T, found)
 
 
 def barrier() -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 
 import torch
 
 from data_pipeline.core.errors import DataError, UserError
 from mokd.distributed.accelerators import pick_device
 from mokd.distributed.local_ranks import leave_at_once, supervise
-from mokd.distributed.process_group import barrier, join, leave, ranks_from_environment
+from mokd.distributed.process_group import barrier, decided_by_main, join, leave, ranks_from_environment, set_timeout
 from mokd.evaluation import results
-from mokd.evaluation.job import Job, Request, perform, prepare, records_of
+from mokd.evaluation.job import Job, Request, holding, perform, prepare, records_of
 from mokd.evaluation.results import Evaluation
 from mokd.optim.precision import set_tf32
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER
+
+JOIN_TIMEOUT_SECONDS = 1800.0
 
 
 def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
@@ -29,13 +32,13 @@ def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
     """
     ranks = ranks_from_environment()
     if ranks.world_size == 1 and nproc > 1:
-        job = prepare(request)  # mistakes are found, and told, once
-        command = [sys.executable, "-m", "mokd.evaluation.entry", json.dumps(request.to_json())]
-        status = supervise(command, nproc)
+        with holding(request) as held:
+            job = prepare(held)  # mistakes are found, and told, once
+            command = [sys.executable, "-m", "mokd.evaluation.entry", json.dumps(held.to_json())]
+            status = supervise(command, nproc)
         return (records_of(job, results.read(job.path)) if status == EXIT_DONE else None), status
     try:
-        job = prepare(request)
-        evaluation = _as_rank(job)
+        job, evaluation = _as_rank(request)
     except UserError:  # the same on all ranks
         if ranks.is_main:
             raise
@@ -43,18 +46,23 @@ def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
     return (records_of(job, evaluation) if ranks.is_main else None), EXIT_DONE
 
 
-def _as_rank(job: Job) -> Evaluation:
+def _as_rank(request: Request) -> tuple[Job, Evaluation]:
     ranks = ranks_from_environment()
     device = pick_device(ranks)
-    if ranks.world_size > 1:
-        threads = job.config.parallel.threads_per_rank
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
-    set_tf32(job.config.precision)
-    join(ranks, device, job.config.parallel.timeout_seconds)
+    join(ranks, device, JOIN_TIMEOUT_SECONDS)
     try:
-        evaluation = perform(job, ranks, device)
-        barrier()  # nobody leaves before the results are written
-        return evaluation
+        with ExitStack() as stack:
+            # one rank decides which checkpoint, verifies it and holds it until all have done with it
+            held = decided_by_main(lambda: stack.enter_context(holding(request)))
+            job = prepare(held)
+            if ranks.world_size > 1:
+                threads = job.config.parallel.threads_per_rank
+                torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
+            set_tf32(job.config.precision)
+            set_timeout(job.config.parallel.timeout_seconds)
+            evaluation = perform(job, ranks, device)
+            barrier()  # nobody leaves before the results are written
+        return job, evaluation
     finally:
         leave()
 
@@ -62,7 +70,7 @@ def _as_rank(job: Job) -> Evaluation:
 def main(arguments: list[str]) -> int:
     """One local rank; the first says what went wrong, unless only another knows."""
     try:
-        _as_rank(prepare(Request.from_json(json.loads(arguments[0]))))
+        _as_rank(Request.from_json(json.loads(arguments[0])))
     except UserError as error:  # the same on all ranks
         if ranks_from_environment().is_main:
             print(f"error: {error}", file=sys.stderr)

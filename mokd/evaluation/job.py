@@ -6,8 +6,9 @@ Every rank prepares the same job and performs it together with the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
+from mokd.checkpointing.hold import newest_held
 from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks, broadcast_from_main
 from mokd.evaluation import results, tasks
@@ -30,7 +32,8 @@ class Request:
     """The arguments of `mokd eval`.
 
     source: a run directory, or a file of weights, which needs `backbone` and takes `stem`. branches: all without any.
-    name: of the result, by default the task's. again: even where the result is known.
+    name: of the result, by default the task's. again: even where the result is known. held: the checkpoint of a run,
+    chosen and verified once by `holding`, for all ranks.
     """
 
     source: Path
@@ -44,6 +47,7 @@ class Request:
     again: bool = False
     backbone: str | None = None
     stem: str = "default"
+    held: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For another process of the same job."""
@@ -52,7 +56,7 @@ class Request:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Request:
         """The request that `to_json` gave."""
-        paths = {key: Path(document[key]) for key in ("source", "train", "test") if document[key] is not None}
+        paths = {key: Path(document[key]) for key in ("source", "train", "test", "held") if document[key] is not None}
         lists = {key: tuple(document[key]) for key in ("branches", "overrides")}
         return cls(**{**document, **paths, **lists})
 
@@ -83,6 +87,16 @@ class Job:
         return results.result_path(self.directory, name, first.network, first.step)
 
 
+@contextmanager
+def holding(request: Request) -> Generator[Request]:
+    """The request with the checkpoint that it is about, which no pruning takes away until the end of the context."""
+    if request.source.is_file() or request.network == "scratch" or request.held is not None:
+        yield request
+        return
+    with newest_held(RunDirectory.open(request.source)) as found:
+        yield replace(request, held=found.path.absolute())
+
+
 def prepare(request: Request) -> Job:
     """All checks that need no network. UserError for what cannot work."""
     _one_of("--task", request.task, tasks.TASKS)
@@ -94,7 +108,9 @@ def prepare(request: Request) -> Job:
     tasks.place_data(raw, request.task, request.train, request.test)
     config = schema.validate(RunConfig, raw, str(request.source if from_weights else run.config_file))
     train, test = tasks.open_data(config, request.task)
-    subjects = from_file(request.source, config) if from_weights else from_run(run, config, request.network)
+    subjects = (
+        from_file(request.source, config) if from_weights else from_run(run, config, request.network, request.held)
+    )
     directory = request.source.with_name(request.source.name + ".eval") if from_weights else run.evaluations
     settings = tasks.settings(config, request.task)
     fingerprints = {

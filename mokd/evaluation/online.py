@@ -1,15 +1,15 @@
 """Evaluation while training: the k-NN of every branch at once, a linear probe on the same features in the background.
 
 What training waits for: a pass of the networks over the evaluation's images, shared by the ranks, the exchange of
-features, and the k-NN. The probe's classifiers train in a thread of the first rank, on the CPU. Nothing here draws from
-torch's random state.
+features, and the k-NN; when a rank is asked to stop, all break it off within a batch. The probe's classifiers train in
+a thread of the first rank, on the CPU. Nothing here draws from torch's random state.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from data_pipeline.sampling.order import subset
 from mokd.config import RunConfig
+from mokd.distributed.agreement import until_asked
 from mokd.distributed.process_group import Ranks
+from mokd.distributed.stopping import StopRequest
 from mokd.evaluation import knn
 from mokd.evaluation.cache import CachedFeatures
 from mokd.evaluation.data import LabelledSet, check_neighbours, open_pair
@@ -47,14 +49,25 @@ class Probed:
 class OnlineEvaluation:
     """Evaluates teachers while they are in training; a probe that is under way is asked for with `probed`."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
-        self._config, self._ranks, self._device = config, ranks, device
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        stop: StopRequest,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """beat: told of every batch and block that is done."""
+        self._config, self._ranks, self._device, self._stop, self._beat = config, ranks, device, stop, beat
         self._sets: tuple[LabelledSet, LabelledSet] | None = None
         self._thread: threading.Thread | None = None
         self._result: Probed | None = None
 
     def evaluate(self, backbones: Mapping[str, Backbone], step: int) -> dict[str, float]:
-        """The best k-NN accuracy in percent over `evaluation.knn.k`, by branch, on all ranks; begins a probe."""
+        """The best k-NN accuracy in percent over `evaluation.knn.k`, by branch, on all ranks; begins a probe.
+
+        BrokenOffError on all ranks, and nothing begun, when one is asked to stop meanwhile.
+        """
         section, device = self._config.evaluation, self._device
         train, test = self._open()
         known, asked = (self._features(list(backbones.values()), data) for data in (train, test))
@@ -65,8 +78,14 @@ class OnlineEvaluation:
         best, for_probe = {}, {}
         for name, own, part in zip(backbones, known, asked, strict=True):
             everything = gather_rows(part, device)
-            blocks = knn.blocks_of(F.normalize(own, dim=1), first)
+            blocks = until_asked(
+                knn.blocks_of(F.normalize(own, dim=1), first),
+                _rounds(train, knn.BLOCK, self._ranks),
+                self._stop,
+                device,
+            )
             queries = F.normalize(everything, dim=1).to(device)
+            self._beat()
             found = knn.classify(blocks, labels, queries, section.knn.k, section.knn.temperature, classes)
             best[name] = max(accuracy(test.labels, answer.numpy())[0] for answer in found)
             if section.probe_images:
@@ -77,6 +96,11 @@ class OnlineEvaluation:
             self._thread = threading.Thread(target=self._probe, args=arguments, name="linear probe", daemon=True)
             self._thread.start()
         return best
+
+    @property
+    def probing(self) -> bool:
+        """Whether a probe is under way whose result has not been asked for."""
+        return self._thread is not None
 
     def probed(self, wait_seconds: float | None) -> Probed | None:
         """The probe under way, once, when it is done, after waiting for it so long at most (None: as long as it takes);
@@ -114,7 +138,10 @@ class OnlineEvaluation:
         first, _ = data.part(self._ranks.rank, self._ranks.world_size)
         parts: list[list[Tensor]] = [[torch.zeros(0, 0)] for _ in backbones]
         loader = eval_loader(data, self._config, self._ranks, self._device)
-        for batch in extract(backbones, [pooled] * len(backbones), loader, self._device):
+        batches = extract(backbones, [pooled] * len(backbones), loader, self._device)
+        rounds = _rounds(data, self._config.evaluation.batch, self._ranks)
+        for batch in until_asked(batches, rounds, self._stop, self._device):
+            self._beat()
             for own, rows in zip(parts, batch, strict=True):
                 own.append(rows.cpu())
         features = [torch.cat(own[1:] or own) for own in parts]
@@ -122,6 +149,12 @@ class OnlineEvaluation:
             bad = first_bad(rows)
             check_finite(None if bad is None else first + bad, data, self._device)
         return features
+
+
+def _rounds(data: LabelledSet, size: int, ranks: Ranks) -> int:
+    """So many parts of `size` rows the rank with the most rows has."""
+    parts = [data.part(rank, ranks.world_size) for rank in range(ranks.world_size)]
+    return max(-(-(last - first) // size) for first, last in parts)
 
 
 def _probe_top1(train: Tensor, labels: Tensor, asked: Tensor, test: LabelledSet, classes: int, seed: int) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from data_pipeline.core.errors import UserError
-from mokd.checkpointing import state, storage
+from mokd.checkpointing import hold, state
+from mokd.checkpointing.reading import Checkpoint
 from mokd.config import BranchConfig, RunConfig
 from mokd.models.backbones import Backbone, build_backbone, load_weights
 from mokd.runs.files import checksum, file_checksum
@@ -41,14 +42,12 @@ class Subject:
         return self.build(0.0, 1)
 
 
-def from_run(run: RunDirectory, config: RunConfig, network: str) -> list[Subject]:
-    """All branches of a run at its newest checkpoint, or as they were before any training (`scratch`)."""
-    if network == "scratch":
+def from_run(run: RunDirectory, config: RunConfig, network: str, held: Path | None) -> list[Subject]:
+    """All branches of a run at a checkpoint that is held, or as they were before any training (`scratch`)."""
+    if network == "scratch" or held is None:
         return [_untrained(branch, config) for branch in config.branches]
-    found = storage.newest(run)
-    if found is None:
-        raise UserError(f"{run.path}: has no complete checkpoint yet")
-    return [_saved(found, branch, config, network) for branch in config.branches]
+    found, place = hold.open_held(held), run.checkpoints / held.name
+    return [_saved(found, str(place), branch, config, network) for branch in config.branches]
 
 
 def _identity(branch: BranchConfig, config: RunConfig, **weights: str | int) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def _identity(branch: BranchConfig, config: RunConfig, **weights: str | int) -> 
     return {**built_from, "image_px": config.views.global_crops.size_px, **weights}
 
 
-def _saved(found: storage.Checkpoint, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
+def _saved(found: Checkpoint, place: str, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
     def build(drop_path: float, images_per_rank: int) -> Backbone:
         backbone = _empty(branch, config, drop_path, images_per_rank)
         tensors = state.network_tensors(found, branch.name, network)
@@ -66,7 +65,7 @@ def _saved(found: storage.Checkpoint, branch: BranchConfig, config: RunConfig, n
 
     weights = found.checksums[f"{state.branch_file(branch.name)}.safetensors"]
     identity = _identity(branch, config, weights=weights, network=network)
-    return Subject(branch.name, network, found.step, str(found.path), identity, build)
+    return Subject(branch.name, network, found.step, place, identity, build)
 
 
 def _untrained(branch: BranchConfig, config: RunConfig) -> Subject:

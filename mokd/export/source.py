@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
+from mokd.checkpointing.hold import newest_held
 from mokd.checkpointing.state import branch_file
 from mokd.config import BranchConfig, RunConfig
 from mokd.evaluation import subjects
@@ -19,7 +22,10 @@ from mokd.runs.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Source:
-    """A branch's student or teacher at a step of a run, on the CPU, in evaluation mode."""
+    """A branch's student or teacher at a step of a run, on the CPU, in evaluation mode.
+
+    checkpoint: where its files lie while it is held.
+    """
 
     run: RunDirectory
     config: RunConfig
@@ -58,14 +64,19 @@ class Source:
         }
 
 
-def open_source(run: RunDirectory, branch: str | None, network: str) -> list[Source]:
-    """One branch of a run at its newest checkpoint, or all of them. UserError when there is no such thing."""
+@contextmanager
+def held_sources(run: RunDirectory, branch: str | None, network: str) -> Generator[list[Source]]:
+    """One branch of a run at its newest checkpoint, or all of them; no pruning takes it away within the context.
+
+    UserError when there is no such thing.
+    """
     if network not in ("student", "teacher"):
         raise UserError(f"--network {network}: student or teacher")
     config = run.config()
-    wanted = subjects.chosen(subjects.from_run(run, config, network), [branch] if branch else [])
     by_name = {branch.name: branch for branch in config.branches}
-    return [
-        Source(run, config, by_name[s.name], network, s.step, Path(s.checkpoint), s.load().eval().requires_grad_(False))
-        for s in wanted
-    ]
+    with newest_held(run) as found:
+        wanted = subjects.chosen(subjects.from_run(run, config, network, found.path), [branch] if branch else [])
+        yield [
+            Source(run, config, by_name[s.name], network, s.step, found.path, s.load().eval().requires_grad_(False))
+            for s in wanted
+        ]

@@ -16,6 +16,9 @@ from mokd.runs.files import create_json, read_json, replace_json, replace_text
 
 State = Literal["starting", "running", "stopped", "done", "failed"]
 
+# what a new mark keeps of the one before
+_KEPT_FACTS = ("step", "total_steps", "checkpoint_step", "epoch")
+
 
 class StaleAttemptError(RuntimeError):
     """A newer attempt at the same run has started; this one must write nothing more."""
@@ -61,6 +64,25 @@ class RunDirectory:
     def evaluations(self) -> Path:
         """Results of `mokd eval`."""
         return self.path / "eval"
+
+    @property
+    def failures(self) -> Path:
+        """What was known when a loss was not finite, `step-<n>/`."""
+        return self.path / "failures"
+
+    @property
+    def changes_file(self) -> Path:
+        """Hyper-parameters changed on the way: lines of JSON with `time`, `step`, `key`, `before`, `after`."""
+        return self.path / "changes.jsonl"
+
+    @property
+    def heartbeats(self) -> Path:
+        """What every rank is doing, `rank-<r>.json`."""
+        return self.path / "heartbeat"
+
+    def phases_file(self, attempt: int) -> Path:
+        """When an attempt began which phase: lines of JSON with `time`, `phase`, `step`."""
+        return self._attempts / f"{attempt:04d}" / "phases.jsonl"
 
     @property
     def _attempts(self) -> Path:
@@ -121,9 +143,10 @@ class RunDirectory:
             raise StaleAttemptError(f"{self.path}: attempt {attempt} is a leftover, attempt {newest} has taken over")
 
     def write_status(self, state: State, attempt: int, **facts: Any) -> None:
-        """Replaces `status.json`; refused to a leftover attempt."""
+        """Replaces `status.json`, keeping how far the run had come unless `facts` say. Refused to leftovers."""
         self.check_attempt(attempt)
-        record = {"state": state, "attempt": attempt, "time": time.time(), **facts}
+        kept = {key: value for key, value in self.read_status().items() if key in _KEPT_FACTS}
+        record = {**kept, "state": state, "attempt": attempt, "time": time.time(), **facts}
         replace_json(self.path / "status.json", record, durable=state in ("stopped", "done", "failed"))
 
     def read_status(self) -> dict[str, Any]:

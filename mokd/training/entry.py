@@ -15,26 +15,25 @@ import torch.distributed as dist
 from data_pipeline.core.errors import UserError
 from mokd.distributed.accelerators import pick_device, promised_gpus
 from mokd.distributed.local_ranks import leave_at_once
-from mokd.distributed.process_group import Ranks, broadcast_from_main, join, leave, ranks_from_environment
+from mokd.distributed.process_group import Ranks, abandon, broadcast_from_main, join, leave, ranks_from_environment
 from mokd.distributed.stopping import StopRequest
 from mokd.runs import environment
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
 from mokd.runs.files import replace_json
+from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.run_directory import RunDirectory, StaleAttemptError, State
 from mokd.training.feasibility import check_shard_groups, images_per_rank
 from mokd.training.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
 
-# what a new state's mark keeps of the one before
-KEPT_FACTS = ("step", "total_steps", "checkpoint_step", "epoch")
-
 
 def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     """Trains the run in `directory` from its newest checkpoint on, in this rank. Leaves its state in `status.json`.
 
     Every rank of the run calls it. `stop` is for a caller that has signal handlers of its own; without it this
-    process's stop signals are taken over.
+    process's stop signals are taken over. After an exception the process group is still there: the caller leaves its
+    word first, then calls `abandon`, which does not wait for ranks that are stuck in a collective.
     """
     if stop is None:
         stop = StopRequest()
@@ -46,22 +45,27 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     check_shard_groups(config, ranks.world_size)
     device = pick_device(ranks, config.parallel.device, promised_gpus(ranks))
     torch.set_num_threads(config.parallel.threads_per_rank or max(1, _cores() // ranks.local_size))
-    join(ranks, device, config.parallel.timeout_seconds)
+    join(ranks, device, config.parallel.startup_timeout_seconds)
     attempt = _claim(directory_, ranks)
+    heartbeat = Heartbeat(directory_, attempt, ranks.rank)
     try:
         _mark(directory_, ranks, attempt, "starting")
-        outcome = Trainer(directory_, config, ranks, device, stop, attempt).fit()
+        outcome = Trainer(directory_, config, ranks, device, stop, attempt, heartbeat).fit()
+        leave()
+        heartbeat.phase("done", outcome.step)
         _mark(directory_, ranks, attempt, outcome.state, step=outcome.step, reason=outcome.reason)
         return outcome
     except StaleAttemptError:
         raise
     except Exception as error:
-        # whichever rank fails says why; the others only see the connection close
-        if ranks.is_main or not isinstance(error, dist.DistError):
+        # whichever rank fails first says why, before it leaves the group; the others only see the connection close
+        mark = directory_.read_status()
+        said = (mark.get("state"), mark.get("attempt")) == ("failed", attempt)
+        if not said and (ranks.is_main or not isinstance(error, dist.DistError)):
             directory_.write_status("failed", attempt, reason=f"{type(error).__name__}: {error}", rank=ranks.rank)
         raise
     finally:
-        leave()
+        heartbeat.close()
 
 
 def _claim(directory: RunDirectory, ranks: Ranks) -> int:
@@ -75,8 +79,7 @@ def _claim(directory: RunDirectory, ranks: Ranks) -> int:
 
 def _mark(directory: RunDirectory, ranks: Ranks, attempt: int, state: State, **facts: Any) -> None:
     if ranks.is_main:
-        kept = {k: v for k, v in directory.read_status().items() if k in KEPT_FACTS}
-        directory.write_status(state, attempt, **{**kept, **facts})
+        directory.write_status(state, attempt, **facts)
 
 
 def _cores() -> int:
@@ -96,12 +99,14 @@ def main(arguments: list[str]) -> int:
         outcome = run(Path(arguments[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        abandon()
         return EXIT_USER
     except StaleAttemptError as error:
         print(f"leaving: {error}", file=sys.stderr)
         return EXIT_SUPERSEDED
     except Exception as error:
         log.exception("%s", error)
+        abandon()
         return status_of_error(error)
     return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+from data_pipeline.beton.samples import open_samples
 from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import count_samples
 from mokd.config import RunConfig
@@ -23,6 +25,15 @@ def images_per_rank(config: RunConfig, world_size: int) -> int:
     if own % parts:
         raise UserError(f"optim.accumulate: {own} images per rank cannot be dealt into {parts} equal micro-batches")
     return own
+
+
+def data_identity(config: RunConfig) -> dict[str, Any]:
+    """What a resumed run's training images must have in common with the checkpoint's: size, and a beton's content."""
+    samples = open_samples(config.data.train)
+    facts: dict[str, Any] = {"dataset_size": min(samples.size, config.data.limit or sys.maxsize)}
+    if not config.data.train.is_dir():  # a folder is known by paths and times, which a copy changes
+        facts["data.fingerprint"] = samples.fingerprint()
+    return facts
 
 
 def check_shard_groups(config: RunConfig, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,15 +11,20 @@ from typing import NamedTuple
 import torch
 
 from mokd.config import RunConfig
+from mokd.distributed.agreement import BrokenOffError
 from mokd.distributed.host_copy import HostCopy
 from mokd.distributed.process_group import Ranks, all_reduce_sum
+from mokd.distributed.stopping import StopRequest
 from mokd.evaluation.online import OnlineEvaluation
 from mokd.objectives.branch import Branch, BranchLoss
-from mokd.runs.metrics import MetricsWriter
+from mokd.runs.heartbeat import Heartbeat
+from mokd.runs.metrics import MetricsWriter, read_metrics
 from mokd.runs.progress import TrainingProgress
 from mokd.runs.run_directory import RunDirectory
 
-STOPPING_SECONDS = 5.0
+# how long a run that was asked to stop waits for a probe that is under way, and how often it looks meanwhile
+STOPPING_SECONDS = 2.0
+LOOK_SECONDS = 0.2
 
 
 class _Pending(NamedTuple):
@@ -45,20 +51,33 @@ class MetricLogger:
         device: torch.device,
         total_steps: int,
         step: int,
+        stop: StopRequest,
+        heartbeat: Heartbeat,
     ) -> None:
+        self._stop = stop
+        self._lock = threading.Lock()  # of what the thread that saves writes too
         self._run, self._attempt, self._config, self._ranks, self._device = run, attempt, config, ranks, device
         self._checkpoint_step = step
         self._step = step
         self._total_steps = total_steps
         self._restart_clock(step)
         self._pending: _Pending | None = None
-        self._monitor = OnlineEvaluation(config, ranks, device)
+        self._monitor = OnlineEvaluation(config, ranks, device, stop, heartbeat.beat)
         if ranks.is_main:
             self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
+            self._measured = {(r["step"], key) for r in read_metrics(run.metrics_file) for key in r if "eval/" in key}
             self._progress = TrainingProgress(total_steps, step)
             if step:
                 self._progress.say(f"resumed at step {step} of {total_steps}")
             self._status(epoch=0)
+
+    def newest_finite(self) -> dict[str, float | int]:
+        """The newest logged step of which every number is finite; nothing where there is none, or on other ranks."""
+        if not self._ranks.is_main:
+            return {}
+        self._write_pending()
+        records = [r for r in read_metrics(self._run.metrics_file) if "images_seen" in r]
+        return next((r for r in reversed(records) if None not in r.values()), {})
 
     def waited(self, seconds: float) -> None:
         """Adds time that the loop has spent waiting for data."""
@@ -74,7 +93,7 @@ class MetricLogger:
         """Takes notice of a finished step; writes it when due."""
         self._step = step
         if self._ranks.is_main:
-            self._write_probe(wait_seconds=0.0)
+            self._write_probe(0.0)
         if step % self._config.logging.every_steps and step != self._total_steps:
             return
         self._write_pending()
@@ -119,39 +138,67 @@ class MetricLogger:
         return dict(zip(parts, means.unbind(), strict=True))
 
     def _write_pending(self) -> None:
-        """Writes the newest logged step, when its numbers have come from the device."""
-        if self._pending is None:
-            return
-        step, values, keys, numbers = self._pending
-        self._pending = None
+        """Writes the newest logged step, when its numbers have come from the device.
+
+        The loop and the thread that saves both call it: a step is written once, and status by one of them at a time.
+        """
+        with self._lock:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                self._write_values(pending)
+
+    def _write_values(self, pending: _Pending) -> None:
+        step, values, keys, numbers = pending
         values |= dict(zip(keys, numbers.values().tolist(), strict=True))
         self._metrics.write(values)
         self._progress.show(step, values)
         self._status(epoch=int(values["epoch"]), images_per_second=values["images_per_second"])
 
-    def evaluate(self, branches: Sequence[Branch], step: int) -> None:
-        """k-NN of every branch's teacher, where the configuration asks for it; all ranks take part.
+    def evaluated(self, step: int) -> bool:
+        """Whether everything that is measured at a step is in the metrics; asked of the first rank."""
+        keys = ["knn_top1", *(["linear_top1"] if self._config.evaluation.probe_images else [])]
+        wanted = {(step, f"eval/{branch.name}/{key}") for branch in self._config.branches for key in keys}
+        return wanted <= self._measured
+
+    def evaluate(self, branches: Sequence[Branch], step: int) -> bool:
+        """k-NN of every branch's teacher; all ranks take part. False where it was broken off, on all of them.
 
         A linear probe on the same features goes on in a thread of the first rank and is written when it is there.
         """
-        if self._config.evaluation.every_epochs is None:
-            return
         if self._ranks.is_main:
             self._write_pending()
-            self._write_probe(wait_seconds=None)
+            self._write_probe(None)
         began = time.perf_counter()
-        accuracies = self._monitor.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
+        try:
+            accuracies = self._monitor.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
+        except BrokenOffError:
+            if self._ranks.is_main:
+                self._progress.say(f"step {step}  evaluation broken off; it is done when the run goes on")
+            return False
         if self._ranks.is_main:
             self._write_accuracies(step, "knn_top1", "k-NN", accuracies)
         self._since += time.perf_counter() - began  # not part of the training speed
+        return True
 
-    def _write_probe(self, *, wait_seconds: float | None) -> None:
-        """Writes the accuracies of the linear probe under way, when they are there within so long (None: any time)."""
-        if (result := self._monitor.probed(wait_seconds)) is not None:
+    def _write_probe(self, wait_seconds: float | None) -> None:
+        """Writes the accuracies of the linear probe under way, when they are there within so long.
+
+        None: however long it takes, unless the run is asked to stop.
+        """
+        result = self._monitor.probed(0.0 if wait_seconds is None else wait_seconds)
+        while wait_seconds is None and self._monitor.probing and not self._stop.reason:
+            result = self._monitor.probed(LOOK_SECONDS)
+        if result is not None:
             self._write_accuracies(result.step, "linear_top1", "linear probe", result.top1)
 
     def _write_accuracies(self, step: int, key: str, title: str, top1: Mapping[str, float]) -> None:
-        self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
+        # an evaluation that is repeated because its probe was broken off has some of it already
+        top1 = {branch: v for branch, v in top1.items() if (step, f"eval/{branch}/{key}") not in self._measured}
+        if not top1:
+            return
+        self._measured |= {(step, f"eval/{branch}/{key}") for branch in top1}
+        with self._lock:
+            self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
         shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
         self._progress.say(f"step {step}  {title} top-1  {shown}")
 
@@ -162,14 +209,16 @@ class MetricLogger:
     def flush(self) -> None:
         """Brings the metrics to the disk, ahead of a checkpoint that builds on them."""
         self._write_pending()
-        self._metrics.flush()
+        with self._lock:
+            self._metrics.flush()
 
     def close(self) -> None:
         """Closes files and the progress line."""
         if self._ranks.is_main:
             self._write_pending()
-            # a run that is asked to stop has little time
-            self._write_probe(wait_seconds=None if self._step == self._total_steps else STOPPING_SECONDS)
+            if self._step == self._total_steps:
+                self._write_probe(None)
+            self._write_probe(STOPPING_SECONDS)  # a run that is asked to stop has little time
             self._progress.close()
             self._metrics.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -27,7 +27,16 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss term is NaN or infinite; the optimisers have not stepped."""
+    """A loss term is NaN or infinite; the optimisers have not stepped. The same would happen again: no restart helps.
+
+    step: counted from 1. terms: names such as `loss/<branch>/<term>`. own: this rank's value of every term.
+    """
+
+    final = True
+
+    def __init__(self, step: int, terms: Sequence[str], own: Mapping[str, float]) -> None:
+        super().__init__(f"step {step}: {', '.join(terms)} not finite; stopped before the optimiser step")
+        self.step, self.terms, self.own = step, list(terms), dict(own)
 
 
 class StepResult(NamedTuple):
@@ -140,21 +149,18 @@ class TrainingStep:
 
     def _ask(self, losses: Sequence[BranchLoss]) -> Agreement:
         """Of all ranks: whether anybody was asked to stop, and whether every loss term is finite."""
-        terms = {
+        self._terms = {
             f"loss/{branch.name}/{term}": value
             for branch, loss in zip(self.branches, losses, strict=True)
             for term, value in [*loss.terms.items(), ("total", loss.total)]
         }
-        return Agreement(terms, self.stop.reason is not None, self.device)
+        return Agreement(self._terms, self.stop.reason is not None, self.device)
 
     def _heed(self, step: int, agreement: Agreement) -> bool:
         """Whether to stop after this step, the same on all ranks. NonFiniteLossError before the optimisers step."""
         stopping, broken = agreement.answer()
         if broken:
-            raise NonFiniteLossError(
-                f"step {step + 1}: {', '.join(broken)} not finite; stopped before the optimiser step. "
-                "Resume from the newest checkpoint with a lower learning rate or precision.compute=fp32"
-            )
+            raise NonFiniteLossError(step + 1, broken, {name: float(term) for name, term in self._terms.items()})
         if stopping:
             self.stop.request("another rank was asked to stop")
         return stopping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,18 +12,20 @@ import torch
 
 from data_pipeline.loaders.batch import ViewBatch
 from data_pipeline.loaders.build import build_loader
-from mokd.checkpointing import state, storage
+from mokd.checkpointing import changes, choose, state
 from mokd.checkpointing.async_writer import AsyncCheckpointer
 from mokd.config import RunConfig
-from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
+from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main, decided_by_main, set_timeout
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.optim.precision import set_tf32
 from mokd.parallel.build import build_branch
+from mokd.runs.heartbeat import Heartbeat, Phase
 from mokd.runs.run_directory import RunDirectory
-from mokd.training.feasibility import images_per_rank
+from mokd.training import failure_report
+from mokd.training.feasibility import data_identity, images_per_rank
 from mokd.training.metric_logger import MetricLogger
-from mokd.training.step import TrainingStep
+from mokd.training.step import NonFiniteLossError, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,16 @@ class Trainer:
     """Trains all branches of a run from its newest checkpoint to its end, or to a request to stop."""
 
     def __init__(
-        self, run: RunDirectory, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopRequest, attempt: int
+        self,
+        run: RunDirectory,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        stop: StopRequest,
+        attempt: int,
+        heartbeat: Heartbeat,
     ) -> None:
+        self.heartbeat = heartbeat
         self.run, self.config, self.ranks, self.device, self.stop = run, config, ranks, device, stop
         self.attempt = attempt
         set_tf32(config.precision)
@@ -62,44 +72,49 @@ class Trainer:
             for b in config.branches
         ]
         self.training_step = TrainingStep(config, self.branches, self.objective, stop, ranks, device, self.epoch_steps)
-        self.identity = state.identity(config, self.loader.dataset_size)
+        self.identity = state.identity(config, decided_by_main(lambda: data_identity(config)))
         self.step = self._resume()
-        self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step)
+        self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step, stop, heartbeat)
         self.checkpointer = AsyncCheckpointer(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
 
     def _resume(self) -> int:
         """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
         # one rank looks and verifies: the others take the same one, and read only what they need
-        found = broadcast_from_main(storage.newest(self.run) if self.ranks.is_main else None)
+        found = decided_by_main(lambda: choose.to_resume_from(self.run, self._save_interval(), aside=True))
         if found is None:
             return 0
         state.check_identity(found, self.identity)
+        if self.ranks.is_main:
+            changes.record(self.run, self.attempt, found, state.changeable(self.config))
         state.restore(found, self.branches, self.objective)
         return found.step
 
     def fit(self) -> Outcome:
         """Trains to the end or to the step at which all ranks agree to stop; saves there either way."""
         with closing(self.loader), closing(self.report), closing(self.checkpointer):
-            if self.step == 0:
-                self.report.evaluate(self.branches, 0)
-            stopping = self.step >= self.total_steps
+            # what a stop has broken off is done now, ahead of further steps
+            stopping = not self._evaluate() or self.step >= self.total_steps
             while not stopping:
                 epoch, start = divmod(self.step, self.epoch_steps)
                 with closing(self._batches(epoch, start)) as batches:
                     for batch in batches:
-                        stopping = self._train_step(batch, epoch)
-                        at_epoch_end = self.step % self.epoch_steps == 0
-                        finished = self.step >= self.total_steps
-                        if finished or (at_epoch_end and self._evaluation_due(self.step // self.epoch_steps)):
-                            self.report.evaluate(self.branches, self.step)
-                        stopping = stopping or finished
-                        if stopping or self._save_due():
-                            self._save(last=stopping)
+                        asked = self._train_step(batch, epoch)
+                        stopping = asked or self.step >= self.total_steps
+                        if stopping or self._save_due() or self._evaluation_due():
+                            # ahead of an evaluation, which may take long and costs no step
+                            with self._phase("save"):
+                                self._save(last=stopping)
+                        if not asked and not self._evaluate():
+                            stopping = True
                         self.checkpointer.check()
                         if stopping:
                             break
-            barrier()  # nobody leaves before the checkpoint of the last step is published
-        if self.step >= self.total_steps:
+            self.heartbeat.phase("save", self.step)
+            if self.ranks.is_main:
+                self._wait_for_the_save()
+            barrier()  # nobody leaves before the newest checkpoint is published
+            self.heartbeat.phase("evaluate", self.step)  # the first rank may still wait for a probe
+        if self.step >= self.total_steps and not (self.stop.reason and self._evaluation_missing()):
             return Outcome("done", self.step, "all steps done")
         return Outcome("stopped", self.step, self.stop.reason or "asked to stop")
 
@@ -116,17 +131,52 @@ class Trainer:
 
     def _train_step(self, batch: ViewBatch, epoch: int) -> bool:
         """One step of every branch; returns whether all ranks agree to stop after it."""
-        done = self.training_step.run(self.step, batch.views, epoch)
+        if self.heartbeat.current == "start" and self.config.execution.compile:
+            self.heartbeat.phase("compile", self.step)
+        try:
+            done = self.training_step.run(self.step, batch.views, epoch)
+        except NonFiniteLossError as error:
+            monitors = self.report.newest_finite()
+            text = failure_report.write(self.run, error, batch, self.branches, self.ranks, monitors)
+            error.args = (text,)
+            raise
         self.step += 1
+        if self.heartbeat.current in ("start", "compile"):
+            set_timeout(self.config.parallel.timeout_seconds)
+        self.heartbeat.phase("step", self.step)
         self.report.step(self.step, epoch, self.branches, done.losses, done.rates)
         return done.stopping
 
-    def _evaluation_due(self, epochs_done: int) -> bool:
+    def _evaluation_due(self) -> bool:
+        """Whether the networks of this step are evaluated: before the first, at the end, and every so many epochs."""
         every = self.config.evaluation.every_epochs
-        return every is not None and epochs_done % every == 0
+        if every is None:
+            return False
+        return self.step >= self.total_steps or self.step % (every * self.epoch_steps) == 0
+
+    def _evaluation_missing(self) -> bool:
+        return self.ranks.is_main and self._evaluation_due() and not self.report.evaluated(self.step)
+
+    def _evaluate(self) -> bool:
+        """Evaluates where it is due and has not been done; False where all ranks agreed to break it off and stop."""
+        if not self._evaluation_due() or not broadcast_from_main(self._evaluation_missing()):
+            return True
+        with self._phase("evaluate"):
+            return self.report.evaluate(self.branches, self.step)
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Generator[None]:
+        """Within it the rank is in `phase`, then again in the one before."""
+        before = self.heartbeat.current
+        self.heartbeat.phase(phase, self.step)
+        yield
+        self.heartbeat.phase(before, self.step)
 
     def _save_due(self) -> bool:
-        return self.step % (self.config.checkpoint.every_steps or self.epoch_steps) == 0
+        return self.step % self._save_interval() == 0
+
+    def _save_interval(self) -> int:
+        return self.config.checkpoint.every_steps or self.epoch_steps
 
     def _save(self, *, last: bool) -> None:
         """Saves the current step; the first rank writes, the others at most give their pieces.
@@ -143,11 +193,16 @@ class Trainer:
             return
         facts = {
             "identity": self.identity,
+            "changeable": state.changeable(self.config),
             "epoch": self.step // self.epoch_steps,
             "world_size": self.ranks.world_size,
             "copy_seconds": round(time.perf_counter() - copying, 3),
         }
         self.checkpointer.save(self.step, snapshot, facts)
-        if last and not self.checkpointer.wait():
-            raise OSError(f"step {self.step}: the last checkpoint could not be saved")
+        if last:
+            self._wait_for_the_save()
         self.report.stood_still(time.perf_counter() - began)
+
+    def _wait_for_the_save(self) -> None:
+        if not self.checkpointer.wait():
+            raise OSError(f"step {self.step}: the last checkpoint could not be saved")

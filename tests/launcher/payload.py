@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import launcher.slurm.rank_entry
 from data_pipeline.core.errors import UserError
 from launcher.runs.records import checkpoint_step
+from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.run_directory import RunDirectory
 
 
@@ -25,6 +26,7 @@ def run(directory: Path, stop):
     directory_, plan = RunDirectory(directory), json.loads((directory / "payload.json").read_text())
     attempt, rank = int(os.environ["MOKD_ATTEMPT"]), int(os.environ["RANK"])
     (directory / "where.json").write_text(json.dumps(launcher.slurm.rank_entry.__file__))
+    heartbeat = Heartbeat(directory_, attempt, rank)
     started = step = checkpoint_step(directory_)
     if step and rank == 0:
         print(f"resumed at step {step} of {plan['steps']}", file=sys.stderr, flush=True)
@@ -41,6 +43,7 @@ def run(directory: Path, stop):
             raise RuntimeError(f"batch {step} is poisoned")
         while rank == 0 and (directory / "hold").exists():
             time.sleep(0.05)
+        heartbeat.phase("step", step)
         if rank == 0:
             print(f"step {step}/{plan['steps']}", file=sys.stderr, flush=True)
             directory_.write_status("running", attempt, step=step, total_steps=plan["steps"], epoch=0)

@@ -8,7 +8,7 @@ import yaml
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.config import RunConfig, load_config
-from tests.support import ROOT, tiny
+from tests.support import CONTRASTIVE, ROOT, tiny
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -120,3 +120,21 @@ def test_files_that_are_no_configuration(content: str, says: str, tmp_path: Path
         load_config(file)
     with pytest.raises(UserError, match="no such configuration file"):
         load_config(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mlp_head", {"hidden": 64}),
+        ("t_head_group", {"lr": 0.1}),
+        ("teacher_temp_warmup_epochs", 3),
+    ],
+)
+def test_contrastive_refuses_what_only_the_other_objective_reads(key: str, value: object) -> None:
+    raw = tiny(**CONTRASTIVE)
+    config = schema.validate(RunConfig, raw, "tiny")
+    # a resolved configuration, with every default written out, is read again
+    assert schema.validate(RunConfig, config.model_dump(mode="json"), "resolved") == config
+    raw["branches"][0][key] = value
+    with pytest.raises(UserError, match=rf"branches.resnet.{key}: objective contrastive has no such part"):
+        schema.validate(RunConfig, raw, "tiny")

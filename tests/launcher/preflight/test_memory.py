@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from launcher.preflight.memory import CONTEXT_BYTES, estimate_bytes
-from tests.support import RESNET, VIT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, VIT, tiny_config
 
 # large enough for weights to matter beside a step's activations
 WIDE = {**VIT, "backbone": "vit_small_patch16_224", "backbone_options": {"depth": 12}}
@@ -27,3 +27,9 @@ def test_micro_batches_and_recomputation_cost_less_activation_memory() -> None:
     assert halves < whole
     assert estimate(branch={**WIDE, "activation_checkpointing": True}) < whole
     assert estimate(precision={"compute": "fp16"}) == estimate(precision={"compute": "bf16"}) < whole
+
+
+def test_a_sharded_contrastive_run_is_estimated_too() -> None:
+    contrastive = {**CONTRASTIVE, "objective__bank__size": 256}
+    whole, sharded = estimate(**contrastive), estimate(**contrastive, parallel={"strategy": "fsdp"})
+    assert 0 < sharded < whole

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mokd.checkpointing import storage
+from mokd.checkpointing import choose, storage
 from mokd.checkpointing.crash_points import VARIABLE
 from mokd.runs.run_directory import RunDirectory, StaleAttemptError
 from tests.support import ROOT, tiny_config
@@ -28,9 +28,9 @@ def save(run: RunDirectory, step: int, attempt: int = 1) -> bool:
 
 
 def test_what_is_saved_comes_back(run: RunDirectory) -> None:
-    assert storage.newest(run) is None
+    assert choose.newest(run) is None
     assert save(run, 7)
-    found = storage.newest(run)
+    found = choose.newest(run)
     assert found is not None
     assert found.step == 7
     assert torch.equal(found.tensors("branch-a")["student.w"], torch.ones(3, 3))
@@ -50,7 +50,7 @@ def test_a_damaged_newest_is_passed_over(run: RunDirectory, damage: str, caplog:
     else:
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    found = storage.newest(run)
+    found = choose.newest(run)
     assert found is not None
     assert found.step == 1
     assert "step-2 is damaged" in caplog.text
@@ -59,7 +59,7 @@ def test_a_damaged_newest_is_passed_over(run: RunDirectory, damage: str, caplog:
 def test_pruning_keeps_the_last_and_the_multiples(run: RunDirectory) -> None:
     for step in range(1, 9):
         save(run, step)
-        storage.prune(run, keep_last=2, keep_every=3)
+        storage.prune(run, step, keep_last=2, keep_every=3)
     assert sorted(int(p.name[5:]) for p in run.checkpoints.glob("step-*")) == [3, 6, 7, 8]
 
 
@@ -82,7 +82,7 @@ from mokd.runs.run_directory import RunDirectory
 from tests.mokd.checkpointing.test_checkpoint import SNAPSHOT
 run = RunDirectory(Path(sys.argv[1]))
 storage.publish(run, 1, int(sys.argv[2]), SNAPSHOT, {"identity": {}})
-storage.prune(run, 1, None)
+storage.prune(run, int(sys.argv[2]), 1, None)
 """
 
 # every point at which a save or a removal can be cut off, and the step that must be found afterwards
@@ -103,12 +103,12 @@ def test_a_save_cut_off_anywhere_leaves_a_whole_checkpoint(run: RunDirectory, po
     command = [sys.executable, "-c", SAVER, str(run.path)]
     cut = subprocess.run([*command, "2"], cwd=ROOT, env={**os.environ, VARIABLE: point}, check=False)
     assert cut.returncode == 137
-    found = storage.newest(run)
+    found = choose.newest(run)
     assert found is not None
     assert found.step == CRASHES[point]
     # and the next save cleans up and works
     assert save(run, 3)
-    assert storage.newest(run).step == 3  # type: ignore[union-attr]
+    assert choose.newest(run).step == 3  # type: ignore[union-attr]
     assert not list(run.checkpoints.glob(".step-*"))
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, caplog: pytes
         big = {"branch-a": {"student.w": torch.zeros(1024, 1024)}}
         assert storage.publish(run, 1, 2, big, {"identity": {}}) is False
         assert "DISK FULL" in caplog.text
-        assert storage.newest(run).step == 1  # type: ignore[union-attr]
+        assert choose.newest(run).step == 1  # type: ignore[union-attr]
         assert not list(run.checkpoints.glob(".step-*"))
     finally:
         subprocess.run(["umount", str(small)], check=True)

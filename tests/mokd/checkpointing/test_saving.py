@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mokd.checkpointing import storage
+from mokd.checkpointing import choose, storage
 from mokd.checkpointing.async_writer import AsyncCheckpointer
 from mokd.checkpointing.crash_points import VARIABLE
 from mokd.config import CheckpointConfig
@@ -47,7 +47,7 @@ def test_training_goes_on_while_a_thread_writes_one_save_at_a_time(run: RunDirec
 def test_a_step_is_reported_once_it_can_be_resumed_from(run: RunDirectory) -> None:
     found = []
     checkpointer = AsyncCheckpointer(
-        run, 1, CheckpointConfig(), lambda: None, lambda step: found.append(storage.newest(run).step)
+        run, 1, CheckpointConfig(), lambda: None, lambda step: found.append(choose.newest(run).step)
     )  # type: ignore[union-attr]
     for step in (3, 4):
         checkpointer.save(step, SNAPSHOT, {"identity": {}})
@@ -115,4 +115,4 @@ def test_the_process_ends_inside_a_save_in_the_background(run: RunDirectory, poi
     command = [sys.executable, "-c", SAVER, str(run.path), "2"]
     cut = subprocess.run(command, cwd=ROOT, env={**os.environ, VARIABLE: point}, check=False)
     assert cut.returncode == 137
-    assert storage.newest(run).step == survivor  # type: ignore[union-attr]
+    assert choose.newest(run).step == survivor  # type: ignore[union-attr]

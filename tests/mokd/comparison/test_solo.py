@@ -16,6 +16,7 @@ from mokd.comparison.solo import load_run_config, solo
 from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
+from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.trainer import Trainer
 from tests.support import CONTRASTIVE, RESNET, VIT, mokd, tiny_config
@@ -26,7 +27,9 @@ DEEP_RESNET, DEEP_VIT = {**RESNET, "drop_path": 0.4}, {**VIT, "drop_path": 0.4}
 
 def trainer(config: RunConfig, folder: Path, stack: ExitStack) -> Trainer:
     run = RunDirectory.create(folder / config.name, config)
-    built = Trainer(run, config, Ranks(), torch.device("cpu"), StopRequest(), run.claim_attempt())
+    attempt = run.claim_attempt()
+    heartbeat = Heartbeat(run, attempt, 0)
+    built = Trainer(run, config, Ranks(), torch.device("cpu"), StopRequest(), attempt, heartbeat)
     for part in (built.loader, built.report, built.checkpointer):
         stack.enter_context(closing(part))
     return built

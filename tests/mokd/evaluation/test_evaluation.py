@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
-from mokd.checkpointing import state, storage
+from mokd.checkpointing import choose, state
 from mokd.config import BranchConfig
 from mokd.distributed.local_ranks import train_locally
 from mokd.evaluation import finetune, frozen, linear_task, results
@@ -222,7 +222,7 @@ def test_the_class_token_of_the_last_block_is_the_pooled_feature() -> None:
 
 
 def test_a_file_is_evaluated_as_the_run_that_it_is_of(run: RunDirectory, beton: Path, tmp_path: Path) -> None:
-    found = storage.newest(run)
+    found = choose.newest(run)
     assert found is not None
     tensors = state.network_tensors(found, "resnet", "teacher")
     backbone = {k.removeprefix("backbone.net."): v for k, v in tensors.items() if k.startswith("backbone.net.")}

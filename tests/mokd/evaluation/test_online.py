@@ -59,3 +59,30 @@ def test_no_probe_is_an_option(beton: Path, tmp_path: Path) -> None:
     keys = set().union(*read_metrics(run.metrics_file))
     assert {"eval/vit/knn_top1", "eval/resnet/knn_top1"} <= keys
     assert not any("linear_top1" in key for key in keys)
+
+
+def curves(run: RunDirectory) -> list[tuple[int, str, float]]:
+    records = read_metrics(run.metrics_file)
+    return sorted((r["step"], key, value) for r in records for key, value in r.items() if key.startswith("eval/"))
+
+
+def test_a_stop_is_answered_with_a_save_and_the_evaluation_is_done_later(beton: Path, tmp_path: Path) -> None:
+    """Asked in the last step of an epoch, in the evaluation of the next, and in the last one of all."""
+    section = {"evaluation__every_epochs": 1, "evaluation__batch": 16, "checkpoint__every_steps": 4}
+    whole = directory(tmp_path / "whole", beton, **section)
+    assert train_locally(whole.path, 2) == EXIT_DONE
+    cut = directory(tmp_path / "cut", beton, **section)
+    for program, at, measured in (
+        ("stop_in_evaluation", 0, []),
+        ("train_until", 5, [0]),
+        ("stop_in_evaluation", 5, [0]),
+        ("stop_in_evaluation", 10, [0, 5]),
+    ):
+        assert supervise([sys.executable, "-m", f"tests.programs.{program}", str(cut.path), str(at)], 2) == EXIT_STOPPED
+        assert (cut.read_status()["state"], cut.read_status()["step"]) == ("stopped", at)
+        assert at == 0 or (cut.checkpoints / f"step-{at}").is_dir()
+        assert sorted({step for step, key, _ in curves(cut) if key.endswith("knn_top1")}) == measured
+    assert train_locally(cut.path, 2) == EXIT_DONE
+    expected, found = state(whole), state(cut)
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert curves(cut) == curves(whole)

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.core.errors import UserError
 from mokd.export import formats
 from mokd.export.export import export
-from mokd.export.source import open_source
+from mokd.export.source import held_sources
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.start import train
 from tests.support import RESNET, ROOT, VIT, mokd, tiny_config
@@ -122,6 +122,6 @@ def test_an_export_is_replaced_only_when_told(run: RunDirectory, tmp_path: Path)
 
 def test_the_page_gives_the_lines_that_are_run(run: RunDirectory) -> None:
     page = (ROOT / "docs" / "export.md").read_text()
-    (source,) = open_source(run, "resnet18", "teacher")
-    for kind, form in formats.FORMATS.items():
-        assert f"\n{kind}:\n\n```python\n{form.load(source)}```\n" in page, kind
+    with held_sources(run, "resnet18", "teacher") as (source,):
+        for kind, form in formats.FORMATS.items():
+            assert f"\n{kind}:\n\n```python\n{form.load(source)}```\n" in page, kind
