@@ -12,7 +12,7 @@ from typing import Any
 
 from mokd.distributed.stopping import StopRequest
 from mokd.evaluation import online
-from mokd.runs.run_directory import EXIT_DONE, EXIT_STOPPED
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.training import entry
 
 

@@ -14,8 +14,9 @@ from launcher.config import ClusterConfig
 from launcher.slurm.hang_watch import HangWatch
 from launcher.slurm.status import read_status
 from mokd.distributed.local_ranks import train_locally
+from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.heartbeat import Heartbeat, read_heartbeats
-from mokd.runs.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from tests.support import tiny_config
 
 SHORT: dict[str, Any] = {"hang_timeout_seconds": 2, "evaluate_timeout_seconds": 600, "save_timeout_seconds": 600}

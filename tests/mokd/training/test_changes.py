@@ -15,9 +15,10 @@ from data_pipeline.core.errors import UserError
 from launcher.slurm.status import read_status
 from mokd.checkpointing import choose, state
 from mokd.distributed.local_ranks import supervise, train_locally
+from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.files import replace_json
 from mokd.runs.metrics import read_metrics
-from mokd.runs.run_directory import EXIT_DONE, RunDirectory
+from mokd.runs.run_directory import RunDirectory
 from mokd.training.feasibility import data_identity
 from mokd.training.start import change, prepare
 from tests.support import tiny_config
