@@ -105,10 +105,8 @@ class GpuSyncBatchNorm(_SyncBatchNorm):
     """In one gather forwards and one all-reduce backwards, without host reads. Every rank's batch has the same size."""
 
     def _over_ranks(self, input: Tensor) -> Tensor:
-        if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
-            x = input  # CUDA's kernels take either order as it is
-        else:
-            x = input.contiguous()
+        as_it_is = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        x = input if as_it_is else input.contiguous()  # CUDA's kernels take both orders
         counts = _counts(x.numel() // x.shape[1], dist.get_world_size(), x.device)
         running: tuple[Tensor | None, Tensor | None] = (None, None)
         momentum = 0.0
@@ -143,10 +141,8 @@ class _NormOverRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *of_all, counts = ctx.saved_tensors
-        if x.is_contiguous():
-            grad = grad.contiguous()
-        else:
-            grad = grad.contiguous(memory_format=torch.channels_last)
+        order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad = grad.contiguous(memory_format=order)
         sums, products, for_weight, for_bias = kernels.reduced(grad, x, weight, (of_all[0], of_all[1]))
         # every rank's loss depends on every rank's input
         everyone = torch.stack([sums, products])
