@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mokd.config import RunConfig
 from mokd.losses import prototype_loss
 from mokd.losses.kernels import plain
-from mokd.models.sync_batchnorm import synchronize_batchnorm
+from mokd.models import sync_batchnorm
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch, single_process
 from mokd.optim.precision import view_dtype
@@ -59,11 +59,20 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
         pairs = [meta.build_networks(branch, images) for branch in config.branches]
     for pair in pairs:
         _use_channels_last(pair, weights_too=True)
-    with FakeTensorMode(), mock.patch.object(prototype_loss, "_kernels", lambda on_gpu: plain):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(prototype_loss, "_kernels", lambda on_gpu: plain))
+        # without a driver autocast would turn itself off
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_: True))
+        # and torch would choose the attention that is not fused
+        stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash))
+        for kept in (prototype_loss._constant, sync_batchnorm._counts):  # fake constants are no use to others
+            stack.callback(kept.cache_clear)
+        stack.enter_context(FakeTensorMode())
         branches = []
         for branch, pair in zip(config.branches, pairs, strict=True):
             for network in (pair.student, pair.teacher):
-                synchronize_batchnorm(network, CUDA)
+                sync_batchnorm.synchronize_batchnorm(network, CUDA)
                 _place(network)
             optimizer: Any = SimpleNamespace()  # forward and losses need none
             branches.append(Branch(branch, pair, single_process(pair), optimizer))
@@ -71,6 +80,10 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
         shapes = [(group.count, images, 3, group.size_px, group.size_px) for group in config.views.groups]
         views = [torch.empty(shape, device=CUDA, dtype=dtype) for shape in shapes]
         yield FakeStep(build_objective(config, CUDA), branches, views)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 def _place(network: nn.Module) -> None:
@@ -99,6 +112,8 @@ class Launches(TorchDispatchMode):
         space, name = func._schema.name.split("::")
         if space in ("c10d", "_c10d_functional"):
             self.collectives[name] += name != "wait_tensor"
+            return out
+        if space != "aten":
             return out
         first = next((tensor for tensor in args if isinstance(tensor, Tensor)), None)
         if func.is_view or name in _WITHOUT_LAUNCH:
