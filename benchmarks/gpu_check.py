@@ -62,7 +62,7 @@ def kernels(config: RunConfig, device: torch.device) -> dict[str, float]:
 
 
 def step(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Gradients of a step in which any wait for the GPU is an error; the one read of a step, its agreement, is after."""
+    """Gradients of a step in which any wait for the GPU is an error; the one read of it, its agreement, is after."""
     pair = Pair(_batch(config, BATCHES[0]), device)
     training = OurStep(pair).step
     for number in range(WARMUP):  # kernels are compiled and constants brought to the device

@@ -60,10 +60,10 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
     for pair in pairs:
         _use_channels_last(pair, weights_too=True)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(prototype_loss, "_kernels", lambda on_gpu: plain))
+        stack.enter_context(mock.patch.object(prototype_loss, "_kernels", return_value=plain))
         # without a driver autocast would turn itself off
-        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_: True))
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
+        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
         # and torch would choose the attention that is not fused
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash))
         for kept in (prototype_loss._constant, sync_batchnorm._counts):  # fake constants are no use to others

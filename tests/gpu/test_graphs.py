@@ -15,7 +15,7 @@ from tests.support import RESNET, VIT, tiny_config
 
 @pytest.mark.parametrize("branch", [RESNET, VIT], ids=["resnet", "vit"])
 def test_a_backbone_is_one_graph_for_each_size_of_crops(branch: dict[str, object]) -> None:
-    """At 32 ranks, with the synchronised BatchNorm of GPUs, forwards and backwards; the second step compiles nothing."""
+    """At 32 ranks, with the BatchNorm of GPUs, forwards and backwards; the second step compiles nothing."""
     (config,) = tiny_config(branches=[branch]).branches
     backbone = build_backbone(config, 32, drop_path=config.drop_path, images_per_rank=2)
     torch._dynamo.reset()

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from mokd.optim import optimizer as optimizer_module
 from mokd.objectives.base import build_objective
+from mokd.optim import optimizer as optimizer_module
 from mokd.optim.optimizer import BranchOptimizer, clip_each
 from mokd.optim.schedules import cosine, warmup_cosine
 from tests.support import single_branch, tiny_config
