@@ -8,7 +8,7 @@ NODES  ?= 1
 NPROC  ?= 2
 ARGS   ?=
 
-.PHONY: help setup demo demo-data test lint format bench launch train eval convert slurm-up slurm-down faults clean
+.PHONY: help setup demo demo-data test lint format bench gpu-check launch train eval convert slurm-up slurm-down faults clean
 
 help:
 	@echo 'make demo                                   install, then train a small pair end to end (DATA=folder for your images)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make train   CONFIG=demo.yaml NPROC=2       train on this machine'
 	@echo 'make launch  CONFIG=vit_s_resnet50.yaml NODES=4'
 	@echo 'make eval    RUN=runs/demo                  k-NN of every branch'
+	@echo 'make gpu-check                              on a machine with a GPU: does it compute the same, wait, how fast (PART=...)'
 	@echo 'make slurm-up slurm-down                    a real SLURM cluster on this machine, for development'
 	@echo 'ARGS="..." is passed on to the command.'
 
@@ -48,6 +49,9 @@ format: setup
 
 bench: setup
 	$(MOKD) bench data $(ARGS)
+
+gpu-check: setup
+	$(VENV)/bin/python -m benchmarks.gpu_check $(if $(PART),--part $(PART)) $(ARGS)
 
 convert: setup
 	$(MOKD) convert '$(SRC)' '$(OUT)' $(ARGS)

@@ -13,6 +13,7 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from data_pipeline.core.host_memory import Packed
 from data_pipeline.core.native_library import PHOTOMETRIC, Engine
+from data_pipeline.core.triton_support import why_no_triton
 from data_pipeline.loaders.batch import ViewBatch
 from data_pipeline.transforms.photometrics import CpuPhotometrics, photometrics_torch
 
@@ -47,9 +48,7 @@ class _OnGpu:
     """One pinned transfer per batch and its photometrics on a stream of their own, while the batch before is used."""
 
     def __init__(self, views: ViewsConfig, device: torch.device, dtype: torch.dtype) -> None:
-        from data_pipeline.transforms.photometrics_triton import photometrics_triton
-
-        self._fused = photometrics_triton
+        self._fused = why_no_triton() is None
         self._views, self._device, self._dtype = views, device, dtype
         self._stream: Any = torch.cuda.Stream(device, priority=-1)  # short work that a whole step waits for
 
@@ -67,8 +66,13 @@ class _OnGpu:
             block = packed.block.to(self._device, non_blocking=True)
             copied = self._stream.record_event()
             crops = block[: packed.crops.size].view(packed.crops.shape)
-            parameters = block[packed.parameters_start :].view(packed.parameters.shape)
-            views = self._fused(crops, self._views, parameters, self._dtype)
+            if self._fused:
+                from data_pipeline.transforms.photometrics_triton import photometrics_triton
+
+                parameters = block[packed.parameters_start :].view(packed.parameters.shape)
+                views = photometrics_triton(crops, self._views, parameters, self._dtype)
+            else:
+                views = photometrics_torch(crops, self._views, packed.parameters.view(PHOTOMETRIC), self._dtype)
             batch = ViewBatch(views, packed.sample_ids, packed.labels)
             return _Underway(batch, copied, self._stream.record_event())
 

@@ -40,6 +40,9 @@ class PrecisionConfig(StrictModel):
         Literal["fp32", "bf16", "fp16"], Field(description="fp16 scales every branch's loss by itself")
     ] = "fp32"
     tf32: Annotated[bool, Field(description="GPUs: fp32 products in TensorFloat-32")] = True
+    deterministic: Annotated[
+        bool, Field(description="GPUs: only algorithms that give the same bits every time; slower, see docs/gpu.md")
+    ] = False
     channels_last: Annotated[bool, Field(description="convolutional backbones in NHWC memory order")] = True
 
 
@@ -85,6 +88,9 @@ class ExecutionConfig(StrictModel):
     def _workable(self) -> ExecutionConfig:
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs: are made of compiled networks; set execution.compile to true")
+        if self.cuda_graphs and self.overlap_teachers:
+            # replayed graphs share one pool of memory and are made to run one after the other
+            raise ValueError("cuda_graphs: cannot run beside each other; turn cuda_graphs or overlap_teachers off")
         return self
 
 

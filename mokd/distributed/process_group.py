@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import TypeVar, cast
 
 import torch
@@ -129,6 +131,33 @@ def abandon() -> None:
         dist.destroy_process_group()
     elif abort is not None:
         abort()
+
+
+def use_own_cores(threads: int | None) -> None:
+    """Sets torch's threads in this rank: `threads`, or as many as its share of the cores that it may run on.
+
+    After `join`: ranks of a machine tell each other which cores they have.
+    """
+    torch.set_num_threads(threads or core_share(*_affinities()))
+
+
+def core_share(mine: Collection[int], beside: Sequence[Collection[int]]) -> int:
+    """Whole cores of `mine` for one rank, where the ranks of its machine, itself among them, have the cores `beside`.
+
+    Ranks that SLURM has bound have cores of their own, and nothing to divide.
+    """
+    shares = (Fraction(1, max(sum(core in cores for cores in beside), 1)) for core in mine)
+    return max(1, int(sum(shares, Fraction(0))))
+
+
+def _affinities() -> tuple[set[int], list[set[int]]]:
+    mine = os.sched_getaffinity(0)
+    if not dist.is_initialized():
+        return mine, [mine]
+    found: list[tuple[str, set[int]]] = [("", set())] * world_size()
+    host = socket.gethostname()
+    dist.all_gather_object(found, (host, mine))
+    return mine, [cores for other, cores in found if other == host]
 
 
 def world_size() -> int:

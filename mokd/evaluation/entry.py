@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import ExitStack
-
-import torch
 
 from data_pipeline.core.errors import DataError, UserError
 from mokd.distributed.accelerators import pick_device
 from mokd.distributed.local_ranks import leave_at_once, supervise
-from mokd.distributed.process_group import barrier, decided_by_main, join, leave, ranks_from_environment, set_timeout
+from mokd.distributed.process_group import (
+    barrier,
+    decided_by_main,
+    join,
+    leave,
+    ranks_from_environment,
+    set_timeout,
+    use_own_cores,
+)
 from mokd.evaluation import results
 from mokd.evaluation.job import Job, Request, holding, perform, prepare, records_of
 from mokd.evaluation.results import Evaluation
-from mokd.optim.precision import set_tf32
+from mokd.optim.precision import set_arithmetic
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER
 
 JOIN_TIMEOUT_SECONDS = 1800.0
@@ -56,9 +61,8 @@ def _as_rank(request: Request) -> tuple[Job, Evaluation]:
             held = decided_by_main(lambda: stack.enter_context(holding(request)))
             job = prepare(held)
             if ranks.world_size > 1:
-                threads = job.config.parallel.threads_per_rank
-                torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
-            set_tf32(job.config.precision)
+                use_own_cores(job.config.parallel.threads_per_rank)
+            set_arithmetic(job.config.precision)
             set_timeout(job.config.parallel.timeout_seconds)
             evaluation = perform(job, ranks, device)
             barrier()  # nobody leaves before the results are written

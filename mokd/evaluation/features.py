@@ -81,7 +81,10 @@ def extract(
             backbone.eval()
         for batch in batches:
             images = batch.images.to(device)
-            yield [read(backbone, images).float() for backbone, read in zip(backbones, reads, strict=True)]
+            # compiled networks too: an odd batch or a new shape would be compiled again, on every rank
+            with torch.compiler.set_stance("force_eager"):
+                rows = [read(backbone, images).float() for backbone, read in zip(backbones, reads, strict=True)]
+            yield rows
     finally:
         for backbone, mode in zip(backbones, modes, strict=True):
             backbone.train(mode)

@@ -86,14 +86,26 @@ def classify(
     # every rank's k best, merged: exact, and the training features stay where they are
     device = test.device
     sims, rows = (_side_by_side(gather_rows(part, device), len(test)) for part in (sims, rows))
-    sims, rows = best(sims, rows, k)
-    neighbours = labels[rows]
+    # on the device of the test features: what a GPU sorts in milliseconds takes a CPU half a minute
+    sims, rows = best(sims.to(device), rows.to(device), k)
+    sims, neighbours = sims.cpu(), labels[rows.cpu()]  # votes add up in one order: on a GPU they would not
     answers = []
     for count in ks:
         scores = vote(sims, neighbours, count, classes, temperature)
-        # a stable sort: equal scores keep the order of the classes
-        answers.append(scores.argsort(dim=1, descending=True, stable=True)[:, :5])
+        answers.append(most_voted(scores.to(device), min(5, classes)).cpu())
     return answers
+
+
+def most_voted(scores: Tensor, count: int) -> Tensor:
+    """The `count` classes `[M, count]` with the largest scores `[M, C]`, descending, equal ones by number.
+
+    `scores` is overwritten. Few maxima are found sooner than a whole line is sorted.
+    """
+    found = []
+    for _ in range(count):
+        found.append(scores.argmax(dim=1, keepdim=True))  # the first of several
+        scores.scatter_(1, found[-1], -torch.inf)
+    return torch.cat(found, dim=1)
 
 
 def _side_by_side(gathered: Tensor, tests: int) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from data_pipeline.core.triton_support import why_no_triton
 from mokd.losses.kernels import cpu, onednn, plain
 from mokd.losses.kernels.scratch import empty
 from mokd.losses.kernels.targets import Cut, Target, at_least_fp32
@@ -105,10 +106,10 @@ def distillation_loss(
 def _kernels(on_gpu: bool) -> Kernels:
     if not on_gpu:
         return cpu
-    try:
-        from mokd.losses.kernels import triton  # importing it imports Triton, which not every installation has
-    except ImportError:
+    if why_no_triton() is not None:
         return plain
+    from mokd.losses.kernels import triton  # importing it imports Triton, which not every installation has
+
     return triton
 
 
@@ -182,9 +183,10 @@ class _PrototypeLossWithGradients(_GradientsFromForward):
         recompute: bool,
         kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:
+        types = product_types(rows)  # asked while autocast is on
         with torch.autocast(rows.device.type, enabled=False):
             weight = PrototypeWeight(direction, gain, norm)
-            passes = _TwoPasses(rows, weight, targets, temperature, recompute, kernels)
+            passes = _TwoPasses(rows, weight, targets, temperature, recompute, kernels, types)
             passes.find_log_z()
             for_direction, for_gain = (wanted and train_prototypes for wanted in ctx.needs_input_grad[1:3])
             ctx.gradients = passes.gradients(for_direction=for_direction, for_gain=for_gain)
@@ -208,12 +210,13 @@ class _TwoPasses:
         temperature: float,
         recompute: bool,
         kernels: Kernels,
+        types: tuple[torch.dtype, torch.dtype],
     ) -> None:
         self.shape, self.row_type = rows.shape, rows.dtype
         self.weight, self.kernels, self.recompute = weight, kernels, recompute
         self.inverse_temp = 1.0 / temperature
         # half precision enters by rows and prototypes alone; logits and sums are of the second type
-        self.dtype, self.accumulator = product_types(rows)
+        self.dtype, self.accumulator = types
         self.rows = rows.flatten(0, 1).to(self.dtype)
         self.terms = _Terms(targets, rows.shape[0], rows.device)
         count, prototypes = self.rows.shape[0], weight.direction.shape[0]

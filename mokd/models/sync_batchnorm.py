@@ -1,16 +1,22 @@
-"""BatchNorm over the batches of all ranks, on CPUs too.
+"""BatchNorm over the batches of all ranks; it equals one process with the whole batch.
 
-torch's SyncBatchNorm refuses CPU tensors; this one is built on a differentiable all-reduce and equals one process
-with the whole batch. On GPUs torch's own is used.
+Two ways to the same numbers. On GPUs launches and collectives are what costs: `GpuSyncBatchNorm` gathers every rank's
+mean and deviation in one collective a pass, and nothing in it is read on the host. torch's SyncBatchNorm does the same,
+but leaves out ranks with an empty batch, by a mask that the host has to wait for three times a pass; ours are equal. On
+CPUs, where a second collective is cheap, `CpuSyncBatchNorm` sums centred values, which does not cancel.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mokd.models import batchnorm_kernels as kernels
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -29,8 +35,8 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Synchronised BatchNorm for CPU tensors `[B, C, ...]`, with the parameters and buffers of the one it replaces."""
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Synchronised BatchNorm of `[B, C, ...]`, with the parameters and buffers of the one it replaces."""
 
     def __init__(self, replaced: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__(
@@ -53,6 +59,22 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """The input normalised by the statistics of the global batch (of the running ones in evaluation mode)."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return self.act(self.drop(super().forward(input)))
+        return self.act(self.drop(self._over_ranks(input)))
+
+    def _over_ranks(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _momentum(self) -> float:
+        """Of the running statistics, with this pass counted."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+class CpuSyncBatchNorm(_SyncBatchNorm):
+    """On a differentiable all-reduce, for CPU tensors."""
+
+    def _over_ranks(self, input: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             x = input if input.dtype == torch.float64 else input.float()
             dims = [0, *range(2, x.ndim)]
@@ -67,28 +89,82 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             y = centred * torch.rsqrt(variance + self.eps).view(shape)
             if self.affine:
                 y = y * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(y.to(input.dtype)))
+        return y.to(input.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if not self.track_running_stats:
             return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1.0 / float(self.num_batches_tracked)
+        momentum = self._momentum()
         unbiased = variance * count / (count - 1.0)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)  # type: ignore[union-attr]
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
 
 
+class GpuSyncBatchNorm(_SyncBatchNorm):
+    """In one gather forwards and one all-reduce backwards, without host reads. Every rank's batch has the same size."""
+
+    def _over_ranks(self, input: Tensor) -> Tensor:
+        as_it_is = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        x = input if as_it_is else input.contiguous()  # CUDA's kernels take both orders
+        counts = _counts(x.numel() // x.shape[1], dist.get_world_size(), x.device)
+        running: tuple[Tensor | None, Tensor | None] = (None, None)
+        momentum = 0.0
+        if self.track_running_stats:
+            running, momentum = (self.running_mean, self.running_var), self._momentum()
+        return _NormOverRanks.apply(x, self.weight, self.bias, *running, counts, momentum, self.eps)
+
+
+class _NormOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counts: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        own = torch.stack(kernels.statistics(x, eps))
+        everyone = own.new_empty(counts.shape[0] * 2, own.shape[1])
+        dist.all_gather_into_tensor(everyone, own)
+        means, inverses = everyone.view(-1, *own.shape).unbind(1)
+        running = (running_mean, running_var)
+        of_all = kernels.merged(x, means, inverses, counts.to(own.dtype), running, momentum, eps)
+        ctx.save_for_backward(x, weight, *of_all, counts)
+        return kernels.normalized(x, weight, bias, of_all, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *of_all, counts = ctx.saved_tensors
+        order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad = grad.contiguous(memory_format=order)
+        sums, products, for_weight, for_bias = kernels.reduced(grad, x, weight, (of_all[0], of_all[1]))
+        # every rank's loss depends on every rank's input
+        everyone = torch.stack([sums, products])
+        dist.all_reduce(everyone)
+        of_grad = (everyone[0], everyone[1])
+        towards = kernels.towards_input(grad, x, weight, (of_all[0], of_all[1]), of_grad, counts)
+        if weight is None:
+            return towards, *[None] * 7
+        return towards, for_weight, for_bias, *[None] * 5
+
+
+@lru_cache(maxsize=64)
+def _counts(elements: int, ranks: int, device: torch.device) -> Tensor:
+    """Made once for every shape: bringing numbers to a GPU makes the host wait for it."""
+    return torch.full((ranks,), elements, dtype=torch.int32, device=device)
+
+
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm replaced by one that is synchronised over ranks."""
-    if device.type != "cpu":
-        return convert_sync_batchnorm(module)
+    kind = CpuSyncBatchNorm if device.type == "cpu" else GpuSyncBatchNorm
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, CpuSyncBatchNorm):
-                setattr(parent, name, CpuSyncBatchNorm(child))
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, _SyncBatchNorm):
+                setattr(parent, name, kind(child))
     return module

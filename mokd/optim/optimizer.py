@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from mokd.config import BranchConfig, GroupConfig, OptimConfig
 from mokd.distributed.sharding import assemble, is_sharded, own_rows, piece, shard_group
 from mokd.models.trainable import TrainableNetwork
 from mokd.optim.schedules import cosine, warmup_cosine
+
+_LARGE_ELEMENTS = 1 << 20  # of a gradient that is worth a launch of its own on a GPU
 
 
 class BranchOptimizer:
@@ -32,8 +35,8 @@ class BranchOptimizer:
         self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
         groups = list(_groups(self._named, branch, student))
         config = branch.optimizer
-        # on CPUs the fused optimisers, which read and write everything once, are several times as fast as foreach
-        fused = all(p.device.type == "cpu" for _, p in self._named)
+        # the fused optimisers read and write everything once: on CPUs several times as fast as foreach
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in self._named)
         options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused" if fused else "foreach": True}
         if config.kind == "sgd":
             self.torch: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum, **options)
@@ -102,8 +105,9 @@ class BranchOptimizer:
             name, entry = key.rsplit("/", 1)
             p = by_name[name]
             value = read(key, own_rows(self._registered[name]))
-            # the step count of AdamW stays on the CPU, everything else lives beside its parameter, laid out alike
-            self.torch.state[p][entry] = value.clone() if value.ndim == 0 else torch.empty_like(p).copy_(value)
+            # everything lives beside its parameter, laid out alike; the fused AdamW wants its step count there too
+            here = value.clone().to(p.device) if value.ndim == 0 else torch.empty_like(p).copy_(value)
+            self.torch.state[p][entry] = here
 
 
 Named = list[tuple[str, nn.Parameter]]
@@ -149,9 +153,41 @@ def clip_each(gradients: list[Tensor], limit: float, group: dist.ProcessGroup | 
         squares = norms.square()
         dist.all_reduce(squares, group=group)
         norms = squares.sqrt()
-    factors = (limit / (norms + 1e-6)).clamp(max=1.0).unbind()
-    pairs = list(zip(gradients, factors, strict=True))
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
     if norms.device.type == "cpu":  # where nothing has to wait for a number, most gradients can be left alone
-        pairs = [(gradient, factor) for gradient, factor in pairs if factor < 1.0]
-    if pairs:
-        torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+        pairs = [(g, factor) for g, factor in zip(gradients, factors.unbind(), strict=True) if factor < 1.0]
+        if pairs:
+            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+        return
+    scale_each(gradients, factors)
+
+
+def scale_each(tensors: list[Tensor], factors: Tensor) -> None:
+    """Multiplies every tensor by its own of the factors `[n]`, in place, in few launches and without host reads.
+
+    By a number of the device each would take a launch of its own, also within `torch._foreach_mul_`. So small ones are
+    put into one flat tensor and copied back.
+    """
+    small = [i for i, tensor in enumerate(tensors) if tensor.numel() < _LARGE_ELEMENTS]
+    for tensor, factor in zip(tensors, factors.unbind(), strict=True):
+        if tensor.numel() >= _LARGE_ELEMENTS:
+            tensor.mul_(factor)
+    if not small:
+        return
+    lines = [_in_memory_order(tensors[i]) for i in small]
+    sizes = tuple(line.numel() for line in lines)
+    flat = torch.cat(lines)
+    counts, chosen = (_constant(numbers, flat.device) for numbers in (sizes, tuple(small)))
+    flat *= factors[chosen].to(flat.dtype).repeat_interleave(counts, output_size=flat.numel())  # no wait for the sum
+    torch._foreach_copy_(lines, list(flat.split(sizes)))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements as they lie, `[n]`, sharing memory; in channels-last order too."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+@lru_cache(maxsize=16)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: bringing numbers to a GPU makes the host wait for it."""
+    return torch.tensor(numbers, device=device)

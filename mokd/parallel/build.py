@@ -34,7 +34,7 @@ def build_branch(
     if branch.activation_checkpointing:
         recompute_blocks(pair.student.backbone, f"branches.{branch.name}")
     if config.execution.compile:
-        compile_networks(pair, cuda_graphs=config.execution.cuda_graphs)
+        compile_networks(pair, cuda_graphs=config.execution.cuda_graphs, by_block=config.parallel.strategy == "fsdp")
     accumulate = config.optim.accumulate > 1
     calls = parallelize(pair, config.parallel, config.precision, device, accumulate=accumulate)
     # after parallelism, which moves parameters to the device and may cut them into pieces

@@ -9,10 +9,15 @@ import torch
 
 from mokd.objectives.branch import NetworkPair
 
+# Blocks share the code of their class, which is compiled once for every shape and stride of them: a ResNet-50 has 16
+# blocks and meets two sizes of crops
+_VARIANTS = 256
 
-def compile_networks(pair: NetworkPair, *, cuda_graphs: bool = False) -> None:
+
+def compile_networks(pair: NetworkPair, *, cuda_graphs: bool = False, by_block: bool = False) -> None:
     """Compiles backbone and heads of student and teacher, in place, for the shapes they meet.
 
+    by_block: the units of sharding one by one; hooks of FSDP lie between them, which a whole network's graph breaks at.
     cuda_graphs: each is recorded and replayed as a whole; every step then begins with `begin_step`.
 
     Names of parameters stay as they are. What was compiled is kept in the user's cache directory, so a restart finds
@@ -21,8 +26,9 @@ def compile_networks(pair: NetworkPair, *, cuda_graphs: bool = False) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mokd" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._inductor.config.fallback_random = True
+    torch._dynamo.config.recompile_limit = _VARIANTS
     for network in (pair.student, pair.teacher):
-        for part in network.children():
+        for part in network.units().half if by_block else network.children():
             part.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
 
 

@@ -26,12 +26,9 @@ from mokd.models.trainable import TrainableNetwork
 from mokd.objectives.branch import NetworkPair, ParallelCalls, single_process
 from mokd.optim.precision import half_dtype
 
+_DDP_OPTIONS = signature(DistributedDataParallel).parameters
 # torch 2.15 has renamed the option
-_BUFFER_OPTION = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in signature(DistributedDataParallel).parameters
-)
+_BUFFER_OPTION = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_OPTIONS)
 
 
 def parallelize(
@@ -76,20 +73,28 @@ def _replicate(pair: NetworkPair, device: torch.device, accumulate: bool) -> Par
     pair.student.to(device)
     pair.teacher.to(device)
     on_gpu = device.type == "cuda"
-    # SyncBN keeps the buffers equal, so they need no broadcast
-    buffers: dict[str, Any] = {_BUFFER_OPTION: False}
-    student = DistributedDataParallel(
-        pair.student,
-        device_ids=[device] if on_gpu else None,
-        **buffers,
-        gradient_as_bucket_view=True,
+    options = ddp_options(on_gpu=on_gpu, accumulate=accumulate)
+    student = DistributedDataParallel(pair.student, device_ids=[device] if on_gpu else None, **options)
+    return ParallelCalls(student, lambda: pair.teacher.backbone, accumulating=student.no_sync)
+
+
+def ddp_options(*, on_gpu: bool, accumulate: bool) -> dict[str, Any]:
+    """The flags of DDP on either kind of device."""
+    return {
+        # SyncBN keeps the buffers equal, so they need no broadcast
+        _BUFFER_OPTION: False,
+        # gradients are dropped after each step, so DDP copies the new ones into its buckets: together where torch can
+        **({"batched_grad_copy": True} if on_gpu and "batched_grad_copy" in _DDP_OPTIONS else {}),
+        # With a static graph this is no matter of memory alone. The first pass of a run has frozen prototypes, which
+        # the graph then counts as unused for good: DDP would hand their gradients back as they were on this rank. As
+        # views of buckets they are averaged all the same.
+        "gradient_as_bucket_view": True,
         # a static graph is learnt from the first backward pass, which would be one without averaging
-        static_graph=on_gpu and not accumulate,
+        "static_graph": on_gpu and not accumulate,
         # On CPUs: without it DDP regroups its buckets after the first step, which changes the order of summation. A
         # resumed run, whose first step is another one, would no longer be bit-identical.
-        find_unused_parameters=not on_gpu,
-    )
-    return ParallelCalls(student, lambda: pair.teacher.backbone, accumulating=student.no_sync)
+        "find_unused_parameters": not on_gpu,
+    }
 
 
 def _shard(

@@ -9,13 +9,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data_pipeline.core.errors import UserError
 from mokd.distributed.accelerators import pick_device, promised_gpus
 from mokd.distributed.local_ranks import leave_at_once
-from mokd.distributed.process_group import Ranks, abandon, broadcast_from_main, join, leave, ranks_from_environment
+from mokd.distributed.process_group import (
+    Ranks,
+    abandon,
+    broadcast_from_main,
+    join,
+    leave,
+    ranks_from_environment,
+    use_own_cores,
+)
 from mokd.distributed.stopping import StopRequest
 from mokd.runs import environment
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
@@ -44,8 +51,8 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     images_per_rank(config, ranks.world_size)
     check_shard_groups(config, ranks.world_size)
     device = pick_device(ranks, config.parallel.device, promised_gpus(ranks))
-    torch.set_num_threads(config.parallel.threads_per_rank or max(1, _cores() // ranks.local_size))
     join(ranks, device, config.parallel.startup_timeout_seconds)
+    use_own_cores(config.parallel.threads_per_rank)
     attempt = _claim(directory_, ranks)
     heartbeat = Heartbeat(directory_, attempt, ranks.rank)
     try:
@@ -80,10 +87,6 @@ def _claim(directory: RunDirectory, ranks: Ranks) -> int:
 def _mark(directory: RunDirectory, ranks: Ranks, attempt: int, state: State, **facts: Any) -> None:
     if ranks.is_main:
         directory.write_status(state, attempt, **facts)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main, decided_by_main, set_timeout
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
-from mokd.optim.precision import set_tf32
+from mokd.optim.precision import set_arithmetic, view_dtype
 from mokd.parallel.build import build_branch
 from mokd.runs.heartbeat import Heartbeat, Phase
 from mokd.runs.run_directory import RunDirectory
@@ -53,7 +53,7 @@ class Trainer:
         self.heartbeat = heartbeat
         self.run, self.config, self.ranks, self.device, self.stop = run, config, ranks, device, stop
         self.attempt = attempt
-        set_tf32(config.precision)
+        set_arithmetic(config.precision)
         self.loader = build_loader(
             config.data,
             config.views,
@@ -62,6 +62,7 @@ class Trainer:
             world_size=ranks.world_size,
             global_batch=config.optim.global_batch,
             device=device,
+            dtype=view_dtype(config.precision, device),
         )
         self.epoch_steps = self.loader.steps_per_epoch
         self.total_steps = config.total_steps(self.epoch_steps)

@@ -8,7 +8,7 @@ import yaml
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.config import RunConfig, load_config
-from tests.support import CONTRASTIVE, ROOT, tiny
+from tests.support import CONTRASTIVE, ROOT, tiny, tiny_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -138,3 +138,8 @@ def test_contrastive_refuses_what_only_the_other_objective_reads(key: str, value
     raw["branches"][0][key] = value
     with pytest.raises(UserError, match=rf"branches.resnet.{key}: objective contrastive has no such part"):
         schema.validate(RunConfig, raw, "tiny")
+
+
+def test_cuda_graphs_do_not_run_beside_each_other() -> None:
+    with pytest.raises(UserError, match="cannot run beside each other"):
+        tiny_config(execution={"compile": True, "cuda_graphs": True, "overlap_teachers": True})

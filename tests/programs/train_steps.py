@@ -1,6 +1,8 @@
 """Five training steps in float64 on given images, in this rank; the first rank writes the state it ends in.
 
-usage: python -m tests.programs.train_steps OUTPUT.safetensors dino|contrastive [key.path=value ...]
+usage: python -m tests.programs.train_steps OUTPUT.safetensors dino|contrastive [--gpu-batchnorm] [key.path=value ...]
+
+--gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from mokd.distributed.accelerators import pick_device
 from mokd.distributed.process_group import barrier, join, leave, ranks_from_environment
 from mokd.distributed.sharding import piece
 from mokd.distributed.stopping import StopRequest
+from mokd.models import sync_batchnorm
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch
 from mokd.parallel.build import build_branch
@@ -44,6 +47,9 @@ def overflow_once(branch: Branch) -> None:
 
 def main(output: str, objective_kind: str, *overrides: str) -> None:
     torch.set_num_threads(1)
+    if "--gpu-batchnorm" in overrides:
+        sync_batchnorm.CpuSyncBatchNorm = sync_batchnorm.GpuSyncBatchNorm
+        overrides = tuple(override for override in overrides if override != "--gpu-batchnorm")
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     join(ranks, device, 240)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.core.errors import UserError
 from mokd.distributed.local_ranks import supervise
-from mokd.distributed.process_group import Ranks, first_host, ranks_from_environment
+from mokd.distributed.process_group import Ranks, core_share, first_host, ranks_from_environment
 from tests.support import RESNET, ROOT, THIRD, VIT
 
 CHECKPOINTED = [f"branches.{i}.activation_checkpointing=true" for i in range(3)]
@@ -41,6 +41,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
         ("dino", 2, ["parallel.strategy=fsdp", *CHECKPOINTED]),
         ("dino", 4, ["parallel.strategy=fsdp", "parallel.reshard_after_forward=false"]),
         ("dino", 4, ["parallel.strategy=fsdp", "parallel.shard_group_size=2"]),
+        ("dino", 4, ["--gpu-batchnorm", "parallel.strategy=ddp"]),
+        ("dino", 2, ["--gpu-batchnorm", "parallel.strategy=fsdp", *CHECKPOINTED]),
         ("contrastive", 4, ["parallel.strategy=ddp"]),
         ("contrastive", 2, ["parallel.strategy=fsdp"]),
     ],
@@ -162,3 +164,12 @@ def test_ranks_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
         # gone, or a zombie that nobody has waited for
         while process.exists() and "State:\tZ" not in (process / "status").read_text():
             time.sleep(0.05)
+
+
+def test_a_rank_divides_shared_cores_alone() -> None:
+    everything = set(range(16))
+    assert core_share(everything, [everything] * 4) == 4  # torchrun, or SLURM without binding
+    bound = [set(range(4 * i, 4 * i + 4)) for i in range(4)]
+    assert core_share(bound[2], bound) == 4
+    assert core_share({0, 1, 2, 3}, [{0, 1, 2, 3}, {2, 3}]) == 3  # two of its own, and half of two
+    assert core_share({0}, [{0}] * 3) == 1

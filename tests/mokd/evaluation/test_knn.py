@@ -57,3 +57,9 @@ def test_top5_holds_the_five_highest_scores() -> None:
     expected = scores.topk(5, dim=1)
     found = scores.gather(1, ours)
     torch.testing.assert_close(found, expected.values)
+
+
+def test_most_voted_classes_are_those_of_a_stable_sort() -> None:
+    scores = torch.randint(0, 4, (200, 12), generator=torch.Generator().manual_seed(0)).double()
+    expected = scores.argsort(dim=1, descending=True, stable=True)[:, :5]
+    assert torch.equal(knn.most_voted(scores, 5), expected)

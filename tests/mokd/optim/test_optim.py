@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mokd.objectives.base import build_objective
+from mokd.optim import optimizer as optimizer_module
 from mokd.optim.optimizer import BranchOptimizer, clip_each
 from mokd.optim.schedules import cosine, warmup_cosine
 from tests.support import single_branch, tiny_config
@@ -93,3 +94,16 @@ def test_state_is_saved_by_name_and_restored(parts: tuple) -> None:
         restored = other.state_tensors()
         assert restored.keys() == saved.keys()
         assert all(torch.equal(restored[key], saved[key]) for key in saved)
+
+
+def test_scaling_in_few_launches_equals_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs do for clipping: large gradients by themselves, small ones together, each in its own memory order."""
+    monkeypatch.setattr(optimizer_module, "_LARGE_ELEMENTS", 100)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (20, 10), (4, 3, 2, 2), (0, 5), (7, 2)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    factors = torch.rand(len(tensors), generator=generator)
+    expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    optimizer_module.scale_each(tensors, factors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))

@@ -14,7 +14,7 @@ from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
 from mokd.objectives.base import build_objective
 from mokd.optim.loss_scale import LossScale, any_overflow
-from mokd.optim.precision import set_tf32
+from mokd.optim.precision import set_arithmetic
 from mokd.parallel.activation_checkpointing import recompute_blocks
 from mokd.parallel.build import build_branch
 from mokd.training.feasibility import images_per_rank
@@ -147,6 +147,6 @@ def test_micro_batches_must_be_equal() -> None:
 
 def test_tf32_is_a_switch() -> None:
     for wanted, precision in ((False, "ieee"), (True, "tf32")):
-        set_tf32(PrecisionConfig(tf32=wanted))
+        set_arithmetic(PrecisionConfig(tf32=wanted))
         assert torch.backends.cuda.matmul.fp32_precision == precision
         assert torch.backends.cudnn.conv.fp32_precision == precision
