@@ -32,9 +32,7 @@ class LinearConfig(StrictModel):
     ] = False
     last_blocks: Annotated[
         PositiveInt | None,
-        Field(
-            description="class tokens of so many blocks of a transformer; default: 1 from width 768 on, else 4"
-        ),
+        Field(description="class tokens of so many blocks of a transformer; default: 1 from width 768 on, else 4"),
     ] = None
     patch_mean: Annotated[
         bool, Field(description="of a transformer: also the mean of the last block's patch tokens")
