@@ -31,8 +31,12 @@ class LinearConfig(StrictModel):
         Field(description="random crops and flips, a backbone pass every epoch; else standardised features, one pass"),
     ] = False
     last_blocks: Annotated[
-        PositiveInt, Field(description="of a transformer, whose class tokens are taken side by side")
-    ] = 4
+        PositiveInt | None,
+        Field(description="class tokens of so many blocks of a transformer; default: 1 from width 768 on, else 4"),
+    ] = None
+    patch_mean: Annotated[
+        bool, Field(description="of a transformer: also the mean of the last block's patch tokens")
+    ] = False
 
 
 class RatesConfig(StrictModel):
@@ -77,8 +81,11 @@ class EvaluationConfig(StrictModel):
     train: Path | None = None
     test: Path | None = None
     every_epochs: Annotated[PositiveInt | None, Field(description="evaluate while training, and at step 0")] = None
-    train_limit: PositiveInt | None = None
+    train_limit: Annotated[PositiveInt | None, Field(description="use only so many images, a fixed random part")] = None
     test_limit: PositiveInt | None = None
+    monitor_train_limit: Annotated[
+        PositiveInt | None, Field(description="of `train`, while training; default: all that `train_limit` leaves")
+    ] = None
     resize_px: PositiveInt = 256
     crop_px: PositiveInt = 224
     batch: PositiveInt = 64

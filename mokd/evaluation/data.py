@@ -64,8 +64,11 @@ def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | No
     return LabelledSet(path, backend, limit, ids, labels, samples)
 
 
-def check_pair(train: LabelledSet, test: LabelledSet) -> None:
-    """UserError unless both sets speak of the same two or more classes, each with images to learn it from."""
+def check_pair(train: LabelledSet, test: LabelledSet, limit_key: str = "train_limit") -> None:
+    """UserError unless both sets speak of the same two or more classes, each with images to learn it from.
+
+    limit_key: what has limited the training set.
+    """
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes)) or ["another order"]
         raise UserError(
@@ -78,7 +81,7 @@ def check_pair(train: LabelledSet, test: LabelledSet) -> None:
     if not counts.all():
         empty = np.flatnonzero(counts == 0)
         raise UserError(
-            f"evaluation.train_limit: leaves {len(empty)} classes of {train.path} without images, the first is "
+            f"evaluation.{limit_key}: leaves {len(empty)} classes of {train.path} without images, the first is "
             f"'{train.classes[empty[0]]}'; raise it"
         )
 
@@ -89,9 +92,14 @@ def check_neighbours(ks: Sequence[int], train: LabelledSet) -> None:
         raise UserError(f"evaluation.knn.k: {max(ks)} neighbours, but {train.path} gives {train.size} images")
 
 
-def open_pair(section: EvaluationConfig, backend: Backend) -> tuple[LabelledSet, LabelledSet]:
-    """`evaluation.train` and `evaluation.test`, checked."""
-    train = open_labelled("evaluation.train", section.train, backend, section.train_limit)
+def open_pair(
+    section: EvaluationConfig, backend: Backend, *, for_monitor: bool = False
+) -> tuple[LabelledSet, LabelledSet]:
+    """`evaluation.train` and `evaluation.test`, checked. for_monitor: what is used of them while training."""
+    key, limit = "train_limit", section.train_limit
+    if for_monitor and section.monitor_train_limit is not None:
+        key, limit = "monitor_train_limit", min(section.monitor_train_limit, limit or section.monitor_train_limit)
+    train = open_labelled("evaluation.train", section.train, backend, limit)
     test = open_labelled("evaluation.test", section.test, backend, section.test_limit)
-    check_pair(train, test)
+    check_pair(train, test, key)
     return train, test

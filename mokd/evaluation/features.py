@@ -17,9 +17,12 @@ from data_pipeline.loaders.batch import LabelledBatch
 from data_pipeline.loaders.build import build_eval_loader
 from data_pipeline.loaders.evaluation import EvalLoader
 from mokd.config import RunConfig
+from mokd.config.evaluation import LinearConfig
 from mokd.distributed.process_group import Ranks
 from mokd.evaluation.data import LabelledSet
 from mokd.models.backbones import Backbone
+
+WIDE = 768  # ViT-B's width
 
 Read = Callable[[Backbone, Tensor], Tensor]
 # a way to read a network, with its name
@@ -31,21 +34,30 @@ def pooled(backbone: Backbone, images: Tensor) -> Tensor:
     return backbone(images).pooled
 
 
-def class_tokens(backbone: Backbone, images: Tensor, *, blocks: int) -> Tensor:
-    """The normalised class tokens of the last `blocks` blocks, side by side, `[B, blocks * D]`."""
+def class_tokens(backbone: Backbone, images: Tensor, *, blocks: int, patch_mean: bool) -> Tensor:
+    """The normalised class tokens of the last `blocks` blocks, side by side, `[B, blocks * D]`; patch_mean: and the
+    mean of the last block's patch tokens, `[B, (blocks + 1) * D]`.
+    """
     parts = backbone.net.forward_intermediates(  # type: ignore[operator]
         images, indices=blocks, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
     )
-    return torch.cat([prefix[:, 0] for _, prefix in parts], dim=-1)
+    tokens = [prefix[:, 0] for _, prefix in parts]
+    if patch_mean:
+        tokens.append(parts[-1][0].mean(dim=1))
+    return torch.cat(tokens, dim=-1)
 
 
-def probe_reading(backbone: Backbone, last_blocks: int) -> Reading:
-    """How a linear probe reads a backbone, and that way's name: class tokens of a transformer, else what is pooled."""
+def probe_reading(backbone: Backbone, section: LinearConfig) -> Reading:
+    """How a linear probe reads a backbone, and that way's name: class tokens of a transformer, else what is pooled.
+
+    The published probes read four blocks of ViT-S and one of ViT-B.
+    """
     depth = len(getattr(backbone.net, "blocks", ()))
     if not (depth and getattr(backbone.net, "has_class_token", False)):
         return "pooled", pooled
-    blocks = min(last_blocks, depth)
-    return f"class tokens of {blocks}", partial(class_tokens, blocks=blocks)
+    blocks = min(section.last_blocks or (1 if backbone.width >= WIDE else 4), depth)
+    name = f"class tokens of {blocks}" + (" and the mean of patch tokens" if section.patch_mean else "")
+    return name, partial(class_tokens, blocks=blocks, patch_mean=section.patch_mean)
 
 
 def eval_loader(data: LabelledSet, config: RunConfig, ranks: Ranks, device: torch.device) -> EvalLoader:

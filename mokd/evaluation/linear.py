@@ -17,6 +17,7 @@ from mokd.evaluation.cache import CachedFeatures
 from mokd.optim.schedules import cosine
 
 MOMENTUM = 0.9
+FIRST_DEVIATION = 0.01
 BASE_BATCH = 256
 BLOCK = 8192
 
@@ -27,14 +28,20 @@ Batch = tuple[list[Tensor], Tensor]
 class Heads:
     """R linear classifiers in one tensor, which differ in their learning rate alone: R probes for one matrix product.
 
-    SGD with momentum 0.9 and no decay from zero weights, which for a convex problem are as good as any. rates: `[R]`,
-    peaks. weight, velocity: `[D + 1, R * C]`, the last row is the bias.
+    SGD with momentum 0.9 and no decay. rates: `[R]`, peaks. seed: of first weights, normal with deviation 0.01 and the
+    same for every rate, as the published probes have them; without it zeros, which for a convex problem are as good as
+    any. The bias starts at 0. weight, velocity: `[D + 1, R * C]`, the last row is the bias.
     """
 
-    def __init__(self, rates: Sequence[float], width: int, classes: int, device: torch.device) -> None:
+    def __init__(
+        self, rates: Sequence[float], width: int, classes: int, device: torch.device, seed: int | None = None
+    ) -> None:
         self.shape = (len(rates), width + 1, classes)
         self._rates = torch.tensor(rates, device=device).repeat_interleave(classes)
         self.weight = torch.zeros(width + 1, len(rates) * classes, device=device)
+        if seed is not None:
+            first = FIRST_DEVIATION * torch.randn(width, classes, generator=torch.Generator().manual_seed(seed))
+            self.weight[:-1] = first.repeat(1, len(rates)).to(device)
         self.velocity = torch.zeros_like(self.weight)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from mokd.evaluation.linear import BASE_BATCH, BLOCK, FeatureSource, Heads, Sour
 from mokd.evaluation.subjects import digest
 from mokd.evaluation.work import Work
 from mokd.runs.progress import WorkProgress
+from mokd.runs.seeds import derive_seed
 
 
 def linear_task(work: Work) -> list[Outcome]:
@@ -27,7 +28,7 @@ def linear_task(work: Work) -> list[Outcome]:
     config, ranks, device = work.config, work.ranks, work.device
     section, train, test = config.evaluation.linear, work.train, work.test
     backbones = [subject.load() for subject in work.subjects]
-    readings = [probe_reading(backbone, section.last_blocks) for backbone in backbones]
+    readings = [probe_reading(backbone, section) for backbone in backbones]
     asked = features_of(work, readings, test)
     scales: list[Standardised] = []
     with ExitStack() as stack:
@@ -44,7 +45,8 @@ def linear_task(work: Work) -> list[Outcome]:
             source = FeatureSource(features, scales, torch.from_numpy(train.labels), batch, config.seed, device)
         mine = range(ranks.rank, len(section.rates), ranks.world_size)
         rates = [section.rates[i] * batch / BASE_BATCH for i in mine]
-        heads = [Heads(rates, part.width, len(train.classes), device) for part in asked]
+        first = derive_seed(config.seed, "linear probe") if section.augment else None
+        heads = [Heads(rates, part.width, len(train.classes), device, first) for part in asked]
         state = KeptState(_state_path(work, readings), is_main=ranks.is_main)
         _train(heads, source, state, config, ranks, device)
     outcomes = []

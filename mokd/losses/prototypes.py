@@ -85,7 +85,8 @@ class Prototypes(nn.Module):
         super().__init__()
         self.direction = nn.Parameter(torch.empty(count, width))
         self.gain = nn.Parameter(torch.full((count, 1), gain), requires_grad=train_gain)
-        nn.init.trunc_normal_(self.direction, std=0.02)
+        # as a linear layer's weight is by default; the length of a direction says how far a step turns it
+        nn.init.uniform_(self.direction, -(width**-0.5), width**-0.5)
 
     def forward(self) -> PrototypeWeight:
         """The weight by its parts; the norms are computed here, once for all rows of a pass."""

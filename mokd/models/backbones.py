@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data_pipeline.config import ViewsConfig
 from data_pipeline.core.errors import UserError
 from mokd.config import BranchConfig
+from mokd.models import positions
 from mokd.models.drop_path import SampleDropPath
 
 # where training code keeps the network: where a file has keys below one of these, the others are not the network's
@@ -112,6 +113,9 @@ def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Modu
             raise UserError(f"{entry}: '{config.backbone}' with {options} cannot be built: {_line(caught)}") from None
     else:
         raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them: {_line(error)}")
+    positions.use_in(net)
+    if isinstance(token := getattr(net, "cls_token", None), nn.Parameter):
+        nn.init.trunc_normal_(token, std=0.02)  # timm's 1e-6 makes all class tokens zero at first
     if config.stem != "default":
         _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], entry)
     return net

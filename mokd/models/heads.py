@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mokd.config import MlpHeadConfig, THeadConfig
 from mokd.losses.kernels.targets import at_least_fp32
 from mokd.losses.prototypes import Prototypes
+from mokd.models import positions
 from mokd.models.backbones import BackboneShapes, Features
 
 
@@ -66,6 +67,7 @@ class THead(nn.Module):
         d = config.width
         # a transformer whose tokens have the right width already is taken as it is
         as_is = shapes.is_sequence and shapes.width == d
+        # otherwise a 1x1 convolution, whose default first weights it keeps: uniform in +-1/sqrt(width)
         self.project = nn.Identity() if as_is else nn.Linear(shapes.width, d)
         self.grid = shapes.grids[global_px]
         self.position = nn.Parameter(torch.empty(1, d, self.grid, self.grid))
@@ -76,7 +78,7 @@ class THead(nn.Module):
         )
         self.norm = norm(d)
         self.last_layer = Prototypes(d, prototypes, train_gain=True, gain=config.gain)
-        self.apply(init_linear)
+        self.blocks.apply(init_linear)
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def embed(self, features: Features) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,4 @@ class THead(nn.Module):
         return (tokens if query is None else tokens[:, 1:]).mean(dim=1)
 
     def _positions(self, grid: int) -> Tensor:
-        position: Tensor = self.position
-        if grid != self.grid:
-            position = F.interpolate(position, size=(grid, grid), mode="bicubic", align_corners=False)
-        return position.flatten(2).transpose(1, 2)
+        return positions.resample(self.position[0].permute(1, 2, 0), grid, grid).flatten(0, 1)

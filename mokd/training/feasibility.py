@@ -56,7 +56,7 @@ def check(config: RunConfig, world_size: int) -> None:
     if per_rank // config.optim.accumulate < 2 and world_size == 1:
         raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")
     if config.evaluation.every_epochs:
-        train, _ = open_pair(config.evaluation, config.data.backend)
+        train, _ = open_pair(config.evaluation, config.data.backend, for_monitor=True)
         check_neighbours(config.evaluation.knn.k, train)
     _check_networks(config)
 

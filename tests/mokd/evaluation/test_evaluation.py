@@ -18,12 +18,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing import choose, state
-from mokd.config import BranchConfig
+from mokd.config import BranchConfig, LinearConfig
 from mokd.distributed.local_ranks import train_locally
 from mokd.evaluation import finetune, frozen, linear_task, results
 from mokd.evaluation.cache import open_features
 from mokd.evaluation.entry import evaluate
-from mokd.evaluation.features import class_tokens
+from mokd.evaluation.features import class_tokens, probe_reading
 from mokd.evaluation.job import Request
 from mokd.evaluation.kept_state import KeptState
 from mokd.evaluation.results import Evaluation
@@ -216,9 +216,37 @@ def test_the_class_token_of_the_last_block_is_the_pooled_feature() -> None:
     branch = schema.validate(BranchConfig, VIT, "branch")
     backbone = build_backbone(branch, 32, drop_path=0.0, images_per_rank=2).eval()
     images = torch.randn(2, 3, 32, 32)
-    both = class_tokens(backbone, images, blocks=2)
+    both = class_tokens(backbone, images, blocks=2, patch_mean=False)
     assert both.shape == (2, 48)
     torch.testing.assert_close(both[:, 24:], backbone(images).pooled)
+    with_mean = class_tokens(backbone, images, blocks=2, patch_mean=True)
+    assert torch.equal(with_mean[:, :48], both)
+    torch.testing.assert_close(with_mean[:, 48:], backbone(images).tokens.mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "name", "width"),
+    [
+        ({"embed_dim": 384, "num_heads": 6}, {}, "class tokens of 4", 4 * 384),
+        ({"embed_dim": 768, "num_heads": 12}, {}, "class tokens of 1", 768),
+        ({"embed_dim": 768, "num_heads": 12}, {"last_blocks": 2}, "class tokens of 2", 2 * 768),
+        (
+            {"embed_dim": 768, "num_heads": 12},
+            {"patch_mean": True},
+            "class tokens of 1 and the mean of patch tokens",
+            2 * 768,
+        ),
+    ],
+)
+def test_the_probe_reads_four_blocks_of_a_small_transformer_and_one_of_a_wide_one(
+    options: dict, settings: dict, name: str, width: int
+) -> None:
+    vit = {**VIT, "backbone_options": {"patch_size": 16, "depth": 5, **options}}
+    backbone = build_backbone(schema.validate(BranchConfig, vit, "branch"), 32, drop_path=0.0, images_per_rank=2).eval()
+    found, read = probe_reading(backbone, LinearConfig(**settings))
+    assert found == name
+    with torch.no_grad():
+        assert read(backbone, torch.randn(2, 3, 32, 32)).shape == (2, width)
 
 
 def test_a_file_is_evaluated_as_the_run_that_it_is_of(run: RunDirectory, beton: Path, tmp_path: Path) -> None:

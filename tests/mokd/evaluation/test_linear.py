@@ -61,3 +61,14 @@ def test_heads_at_once_are_the_heads_one_by_one() -> None:
             torch.nn.functional.cross_entropy(layer(x), y).backward()
             optimizer.step()
         torch.testing.assert_close(together.logits(batches[0][0])[:, i], layer(batches[0][0]))
+
+
+def test_first_weights_are_those_of_the_published_probes_where_a_seed_is_given() -> None:
+    heads, again, other = (Heads(RATES, 400, 50, CPU, seed) for seed in (1, 1, 2))
+    weight = heads.state_tensors()["weight"]  # [R, D + 1, C]
+    assert abs(weight[0, :-1].std().item() - 0.01) < 2e-4
+    assert not weight[:, -1].any()
+    assert all(torch.equal(weight[0], one) for one in weight)  # rates differ in nothing else
+    assert torch.equal(heads.weight, again.weight)
+    assert not torch.equal(heads.weight, other.weight)
+    assert not Heads(RATES, 400, 50, CPU).weight.any()

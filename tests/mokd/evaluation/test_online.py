@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.core.errors import UserError
 from mokd.distributed.local_ranks import supervise, train_locally
+from mokd.evaluation.data import open_pair
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
@@ -19,10 +21,13 @@ from tests.support import tiny_config
 STEPS = 10  # 5 steps an epoch
 
 
+def labelled(beton: Path) -> dict[str, str]:
+    return {"evaluation__train": str(beton), "evaluation__test": str(beton.with_name("test.beton"))}
+
+
 def directory(path: Path, beton: Path, **changes: Any) -> RunDirectory:
-    data = {"evaluation__train": str(beton), "evaluation__test": str(beton.with_name("test.beton"))}
     sizes = {"evaluation__resize_px": 36, "evaluation__crop_px": 32}
-    return RunDirectory.create(path, tiny_config(beton, optim__max_steps=STEPS, **data, **sizes, **changes))
+    return RunDirectory.create(path, tiny_config(beton, optim__max_steps=STEPS, **labelled(beton), **sizes, **changes))
 
 
 def state(run: RunDirectory) -> dict[str, torch.Tensor]:
@@ -51,6 +56,21 @@ def test_training_is_the_same_with_evaluations_and_when_it_is_resumed(ranks: int
                 assert [step for step, _ in curve] == [0, 5, 10]
                 assert all(0.0 <= value <= 100.0 for _, value in curve)
     assert not any("linear_top1" in key for record in read_metrics(plain.metrics_file) for key in record)
+
+
+def test_the_monitor_has_a_limit_of_its_own(beton: Path) -> None:
+    def used(**changes: Any) -> tuple[int, int]:
+        section = tiny_config(beton, **labelled(beton), **changes).evaluation
+        sets = (open_pair(section, "ffcv", for_monitor=on)[0].size for on in (True, False))
+        return next(sets), next(sets)
+
+    assert used() == (160, 160)
+    assert used(evaluation__monitor_train_limit=100) == (100, 160)
+    assert used(evaluation__train_limit=120) == (120, 120)  # as before there were two
+    assert used(evaluation__train_limit=120, evaluation__monitor_train_limit=100) == (100, 120)
+    assert used(evaluation__train_limit=120, evaluation__monitor_train_limit=150) == (120, 120)
+    with pytest.raises(UserError, match=r"evaluation\.monitor_train_limit: leaves"):
+        used(evaluation__monitor_train_limit=9)
 
 
 def test_no_probe_is_an_option(beton: Path, tmp_path: Path) -> None:

@@ -253,3 +253,11 @@ def test_uniform_student_against_any_target_costs_ln_k() -> None:
 def test_entropy_of_uniform_and_of_certain() -> None:
     assert entropy(torch.full((2, 8), 1 / 8)).item() == pytest.approx(math.log(8))
     assert entropy(torch.eye(4)).item() == 0.0
+
+
+def test_directions_start_as_a_linear_layer_s_weight_does() -> None:
+    torch.manual_seed(0)
+    prototypes, layer = Prototypes(100, 4000, train_gain=True), torch.nn.Linear(100, 4000, bias=False)
+    for weight in (prototypes.direction, layer.weight):
+        assert weight.abs().max().item() == pytest.approx(0.1, rel=1e-3)
+        assert weight.norm(dim=1).mean().item() == pytest.approx(3**-0.5, rel=1e-2)  # at every width
