@@ -59,13 +59,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion did; `bytes` is the size of the beton."""
+    """What a conversion did; `bytes` is the size of the beton, `unlabelled` counts images that lie in no class."""
 
     written: int
     skipped: tuple[Skipped, ...]
     bytes: int
     seconds: float
     output: str
+    classes: tuple[str, ...]
+    unlabelled: int
 
 
 def convert(
@@ -111,7 +113,8 @@ def convert(
             raise
         finally:
             writer.close()
-    return ConvertReport(writer.count, skipped, size, time.monotonic() - started, str(output))
+    seconds, unlabelled = time.monotonic() - started, sum(label < 0 for label in listing.labels)
+    return ConvertReport(writer.count, skipped, size, seconds, str(output), listing.classes, unlabelled)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from data_pipeline.core import native_library
 
 Mode = Literal["original", "jpg", "raw"]
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+# files of these names are tried; what Pillow cannot read here (HEIC without its plugin) is named among the skipped
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+    | {".avif", ".heic", ".heif", ".jp2", ".jxl"}
+)
 PAGE_SIZE = 8 << 20
 # Below this many bytes of pixels, an image that is no JPEG is kept without loss: compressing it would save nothing.
 SMALL_RAW_BYTES = 64 << 10
@@ -42,6 +47,8 @@ class Encoded:
 def encode(path: Path, mode: Mode, max_resolution: int | None, quality: int) -> Encoded:
     """The image at `path` as it will be stored. Raises Unusable with the reason when that cannot be."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Unusable("not a regular file")  # reading a pipe would wait for ever
         content = path.read_bytes()
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from None
@@ -83,7 +90,7 @@ def decode(content: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise Unusable("not an image of a known kind") from None
     except Image.DecompressionBombError:
-        raise Unusable("more pixels than any photograph") from None
+        raise Unusable("more pixels than any photograph; make it smaller first") from None
     except MemoryError:
         raise Unusable("does not fit into memory") from None
     except Exception as error:  # decoders raise almost anything on damaged input
@@ -129,5 +136,7 @@ def _fits_as_it_is(content: bytes, image: Image.Image) -> bool:
 
 def _checked(encoded: Encoded) -> Encoded:
     if len(encoded.data) + CHECKSUM_BYTES > PAGE_SIZE:
-        raise Unusable(f"{len(encoded.data)} bytes: more than the {PAGE_SIZE >> 20} MiB a sample may have")
+        raise Unusable(
+            f"{len(encoded.data)} bytes: more than the {PAGE_SIZE >> 20} MiB a sample may have; use --max-resolution"
+        )
     return encoded

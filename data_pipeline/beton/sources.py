@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -26,8 +27,9 @@ class Listing:
 def list_images(sources: Sequence[Path], subset: float | None = None, seed: int = 0) -> Listing:
     """The images below the folders. Sub-folders at the top are the classes; a folder without any has no labels.
 
-    Classes of the same name in several sources are one class. Hidden files are left out, symbolic links followed.
-    `subset` keeps that part of each class (at least one image), chosen by `seed`. UserError when there are none.
+    Classes of the same name in several sources are one class. Hidden files are left out, symbolic links followed, but
+    not in circles. `subset` keeps that part of each class (at least one image), chosen by `seed`. UserError when there
+    are none, or a folder cannot be read.
     """
     found: list[tuple[str | None, Path]] = []
     for source in sources:
@@ -63,11 +65,27 @@ def _is_image(path: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    above = {str(folder): {_identity(folder)}}  # of every folder: itself and those it lies in, links resolved
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        own = above.pop(root)
+        inside = {name: _identity(Path(root, name)) for name in folders if not name.startswith(".")}
+        folders[:] = sorted(name for name, identity in inside.items() if identity not in own)
+        above |= {os.path.join(root, name): own | {inside[name]} for name in folders}
         for name in sorted(files):
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
                 yield Path(root, name)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        found = folder.stat()
+    except OSError as error:
+        _refuse(error)
+    return found.st_dev, found.st_ino
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}; its images would be missing") from None
 
 
 def _subset(

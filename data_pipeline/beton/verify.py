@@ -42,13 +42,13 @@ def verify(beton: Path, progress: Callable[[int, int], None] | None = None) -> V
 
     Raises UserError when there is no beton or no manifest to compare it with.
     """
+    if not beton.is_file():
+        raise UserError(f"{beton}: no such beton; make one with: mokd convert IMAGE_FOLDER {beton}")
     manifest = read_manifest(beton)
     problem: str | None = None
     try:
         open_beton(beton)
     except UserError as error:
-        if not beton.is_file():
-            raise
         problem = str(error)
     bad: list[BadSample] = []
     with open(beton, "rb") as file:

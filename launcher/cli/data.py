@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,9 @@ import typer
 
 from launcher.cli.console import messages, print_json
 from mokd.runs.progress import WorkProgress, duration
+
+# names of folders that hold parts of a data set rather than classes
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
 def register(app: typer.Typer) -> None:
@@ -56,11 +60,26 @@ def convert(
         return
     for skipped in report.skipped:
         messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False)
+    for line in about_classes(report.classes, report.unlabelled):
+        messages.print(line, markup=False)
     rate = report.written / max(report.seconds, 1e-9)
     print(
         f"{report.output}: {report.written} images, {len(report.skipped)} skipped, {report.bytes / 1e6:.1f} MB, "
         f"{report.seconds:.1f} s ({rate:.0f} images/s)"
     )
+
+
+def about_classes(classes: Sequence[str], unlabelled: int) -> list[str]:
+    """What a person should know of the classes that were found."""
+    if not classes:
+        return ["no classes: the images lie in no sub-folders, and have no labels"]
+    shown = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
+    lines = [f"{len(classes)} class{'es' * (len(classes) > 1)}: {shown}"]
+    if set(classes) <= SPLITS:
+        lines.append("warning: these look like parts of a data set, not classes; convert each of the folders by itself")
+    if unlabelled:
+        lines.append(f"warning: {unlabelled} images lie beside the class folders and have no label")
+    return lines
 
 
 def _announce(forecast: Any) -> None:

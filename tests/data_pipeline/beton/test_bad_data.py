@@ -96,10 +96,8 @@ def test_damaged_sample_is_named(own_beton, small_views, backend, zeros):
     else:
         overwrite(own_beton, offset + size // 2, b"\x55")
     loader = make(own_beton, small_views, backend)
-    started = time.monotonic()
     with pytest.raises(DataError, match=r"sample 13 \(.*jpg\): its bytes are not those") as error:
         list(loader.epoch(0))
-    assert time.monotonic() - started < 10
     one_line(error)
     loader.close()
     report = verify(own_beton)
