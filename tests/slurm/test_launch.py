@@ -2,15 +2,13 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 
-from launcher.slurm.status import read_status
 from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
-from tests.slurm.harness import config, logs, pretend, wait_for, wait_until_final
+from tests.slurm.harness import config, logs, pretend, wait_until_final
 from tests.support import mokd
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -101,11 +99,3 @@ def test_writable_by_others_is_refused(cluster: Cluster, beton: Path, tmp_path: 
     refused = mokd("resume", run.path)
     assert refused.returncode == 2
     assert "writable by others" in refused.stderr
-
-
-def test_status_is_quick(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
-    run = pretend(tmp_path, beton, "quick", {"steps": 1000, "step_seconds": 0.1})
-    wait_for("running", lambda: read_status(run).state == "running")
-    began = time.monotonic()
-    read_status(run)
-    assert time.monotonic() - began < 1.0
