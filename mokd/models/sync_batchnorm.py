@@ -8,6 +8,7 @@ CPUs, where a second collective is cheap, `CpuSyncBatchNorm` sums centred values
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +36,7 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
     """Synchronised BatchNorm of `[B, C, ...]`, with the parameters and buffers of the one it replaces."""
 
     def __init__(self, replaced: nn.modules.batchnorm._BatchNorm) -> None:
@@ -61,8 +62,9 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self.act(self.drop(super().forward(input)))
         return self.act(self.drop(self._over_ranks(input)))
 
+    @abstractmethod
     def _over_ranks(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The input normalised by the statistics of all ranks' batches."""
 
     def _momentum(self) -> float:
         """Of the running statistics, with this pass counted."""
