@@ -74,7 +74,7 @@ def _show(reports: Sequence[Report], every: bool) -> None:
     """Each node's findings; of several nodes only what is not well."""
     for report in reports:
         counts = [sum(f.level == level for f in report.findings) for level in ("ok", "warning", "problem")]
-        print(f"{report.node}: {counts[0]} ok, {counts[1]} warnings, {counts[2]} problems")
+        print(f"{report.node}: {counts[0]} ok, {counts[1]} with a warning, {counts[2]} with a problem")
         for finding in report.findings:
             if every or finding.level != "ok":
                 print(f"  {finding.level:8} {finding.check}: {finding.message}")
