@@ -87,9 +87,15 @@ class Job:
         return results.result_path(self.directory, name, first.network, first.step)
 
 
+def _check_words(request: Request) -> None:
+    _one_of("--task", request.task, tasks.TASKS)
+    _one_of("--network", request.network, NETWORKS)
+
+
 @contextmanager
 def holding(request: Request) -> Generator[Request]:
     """The request with the checkpoint that it is about, which no pruning takes away until the end of the context."""
+    _check_words(request)
     if request.source.is_file() or request.network == "scratch" or request.held is not None:
         yield request
         return
@@ -99,8 +105,7 @@ def holding(request: Request) -> Generator[Request]:
 
 def prepare(request: Request) -> Job:
     """All checks that need no network. UserError for what cannot work."""
-    _one_of("--task", request.task, tasks.TASKS)
-    _one_of("--network", request.network, NETWORKS)
+    _check_words(request)
     from_weights = request.source.is_file()
     run = RunDirectory(request.source) if from_weights else RunDirectory.open(request.source)
     raw = _config_for_weights(request) if from_weights else schema.read_yaml(run.config_file)
