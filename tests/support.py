@@ -68,7 +68,9 @@ def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
         for part in above:
             node = node.setdefault(part, {})
         node[key] = copy.deepcopy(value)
-    if raw["objective"] == "contrastive" or raw["objective"]["kind"] == "contrastive":  # which has no such parts
+    objective = raw["objective"]
+    kind = objective if isinstance(objective, str) else objective.get("kind")
+    if kind == "contrastive":  # which has no such parts
         raw["branches"] = [{k: v for k, v in branch.items() if k not in DINO_ONLY} for branch in raw["branches"]]
     return raw
 
