@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -149,6 +150,24 @@ class RunDirectory:
         record = {**kept, "state": state, "attempt": attempt, "time": time.time(), **facts}
         replace_json(self.path / "status.json", record, durable=state in ("stopped", "done", "failed"))
 
+    def write_failure(self, attempt: int, error: Exception, rank: int) -> None:
+        """Marks the attempt as failed by `error`, unless a rank has failed before this one: then by that one's error.
+
+        A file of its own, which the first to fail creates: the first rank may at that moment write a step's status.
+        """
+        file = self._failure_file(attempt)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            create_json(file, {"reason": f"{type(error).__name__}: {error}", "rank": rank})
+        self.write_status("failed", attempt, **(read_json(file) or {}))
+
+    def _failure_file(self, attempt: int) -> Path:
+        return self._attempts / f"{attempt:04d}" / "failure.json"
+
     def read_status(self) -> dict[str, Any]:
-        """The newest status, empty before the first."""
-        return read_json(self.path / "status.json") or {}
+        """The newest status, empty before the first. A failure outweighs what another rank still wrote as it ran."""
+        status = read_json(self.path / "status.json") or {}
+        if status.get("state") in ("starting", "running"):
+            failure = read_json(self._failure_file(status["attempt"]))
+            return {**status, "state": "failed", **failure} if failure else status
+        return status

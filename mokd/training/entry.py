@@ -66,10 +66,8 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
         raise
     except Exception as error:
         # whichever rank fails first says why, before it leaves the group; the others only see the connection close
-        mark = directory_.read_status()
-        said = (mark.get("state"), mark.get("attempt")) == ("failed", attempt)
-        if not said and (ranks.is_main or not isinstance(error, dist.DistError)):
-            directory_.write_status("failed", attempt, reason=f"{type(error).__name__}: {error}", rank=ranks.rank)
+        if ranks.is_main or not isinstance(error, dist.DistError):
+            directory_.write_failure(attempt, error, ranks.rank)
         raise
     finally:
         heartbeat.close()

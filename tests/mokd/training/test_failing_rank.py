@@ -37,3 +37,16 @@ def test_a_failing_rank_leaves_its_word_while_the_others_wait(beton: Path, tmp_p
         "in_group": True,
         "after": False,
     }
+
+
+def test_the_word_of_the_first_to_fail_outlives_what_others_still_write(beton: Path, tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", tiny_config(beton))
+    attempt = run.claim_attempt()
+    run.write_failure(attempt, ValueError("this rank is broken"), 1)
+    run.write_status("running", attempt, step=3)
+    assert run.read_status()["state"] == "failed"
+    run.write_failure(attempt, RuntimeError("connection reset by peer"), 0)
+    status = run.read_status()
+    assert (status["reason"], status["rank"], status["step"]) == ("ValueError: this rank is broken", 1, 3)
+    run.write_status("starting", run.claim_attempt())
+    assert run.read_status()["state"] == "starting"
