@@ -180,6 +180,10 @@ class Cluster:
         except ClusterError as error:
             return str(error)
 
+    def nodes(self) -> list[str]:
+        """The names of its nodes."""
+        return (self._options() or Options()).node_names()
+
     def pid(self, name: str) -> int:
         """The process id of a running daemon."""
         return self._recorded()[name][0]

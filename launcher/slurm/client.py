@@ -40,6 +40,7 @@ class Job:
     reason: str
     nodes: str
     excluded: str
+    partition: str
     restarts: int
     preempted: bool
 
@@ -84,6 +85,17 @@ def requeue(job_id: str, patience_seconds: float) -> None:
 def exclude(job_id: str, nodes: list[str]) -> None:
     """Keeps a pending job off the given nodes."""
     _command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+
+def host_names(nodes: str) -> set[str]:
+    """The nodes of a list as SLURM prints it, such as `n[1-2,4]`."""
+    return set(_command("scontrol", "show", "hostnames", nodes).split()) if nodes else set()
+
+
+def nodes_in_service(partition: str) -> set[str]:
+    """The nodes of some partitions (`a,b`) that run jobs or could."""
+    lines = (line.split() for line in _command("sinfo", "-hN", "-p", partition, "-o", "%N %T").splitlines())
+    return {node for node, state in lines if not re.match(r"down|drain|fail|maint|unknown", state)}
 
 
 def cancel(job_id: str) -> None:
@@ -133,6 +145,7 @@ def _parse(job_id: str, line: str) -> Job:
         reason=field("Reason"),
         nodes=field("NodeList"),
         excluded=field("ExcNodeList"),
+        partition=field("Partition"),
         restarts=int(field("Restarts") or 0),
         preempted=bool(field("PreemptTime")),
     )

@@ -87,9 +87,21 @@ def failures_without_progress(history: Sequence[Ending], step: int) -> int:
 
 
 def bad_nodes(history: Sequence[Ending], failures: int = 2) -> list[str]:
-    """Nodes on which an attempt has failed at least so many times."""
+    """Nodes on which an attempt has failed at least so many times, the worst first."""
     counts = Counter(node for ending in history for node in set(ending.blamed))
-    return sorted(node for node, count in counts.items() if count >= failures)
+    return sorted((node for node, count in counts.items() if count >= failures), key=lambda node: (-counts[node], node))
+
+
+def exclusions(history: Sequence[Ending], already: set[str], in_service: set[str], needed: int) -> list[str]:
+    """Where the next attempt must not run: where it must not already, and on bad nodes while enough others remain.
+
+    A job that waits for ever for a node it will not take is worse off than one on a node that has failed before.
+    """
+    excluded = set(already)
+    for node in bad_nodes(history):
+        if len(in_service - excluded - {node}) >= needed:
+            excluded.add(node)
+    return sorted(excluded)
 
 
 def _what_happened(facts: Facts, cluster: ClusterConfig) -> Decision:

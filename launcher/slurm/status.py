@@ -100,7 +100,7 @@ def current_job(launch: Launch) -> client.Job | None:
 
 
 def _imaginary(state: str, job_id: str = "", nodes: str = "") -> client.Job:
-    return client.Job(job_id, state, "", nodes, "", 0, False)
+    return client.Job(job_id, state, "", nodes, "", "", 0, False)
 
 
 def _state(

@@ -27,7 +27,7 @@ from launcher.runs.permissions import require_private
 from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
 from launcher.slurm.hang_watch import HangWatch
-from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide
+from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide, exclusions
 from launcher.slurm.srun_step import Step
 from mokd.distributed.free_port import free_port
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_GAVE_UP, EXIT_USER
@@ -118,12 +118,15 @@ class Supervisor:
         already = self._job()
         if not (already and already.restarts > _restart_count()):  # else SLURM has done so itself
             client.requeue(self.job_id, REQUEUE_PATIENCE_SECONDS)
-        nodes = bad_nodes(history)
-        if nodes:
-            # only a pending job can be told where not to run; SLURM now waits for this process to leave
-            kept = [node for node in (already.excluded if already else "").split(",") if node]
-            _say(f"staying away from {', '.join(nodes)}")
-            client.exclude(self.job_id, sorted({*kept, *nodes}))
+        if already and (bad := bad_nodes(history)):
+            kept = client.host_names(already.excluded)
+            nodes = exclusions(history, kept, client.nodes_in_service(already.partition), self.cluster.nodes)
+            if spared := sorted({*bad} - {*nodes}):
+                _say(f"{', '.join(spared)}: bad, but too few other nodes are in service to stay away")
+            if {*nodes} - kept:
+                # only a pending job can be told where not to run; SLURM now waits for this process to leave
+                _say(f"staying away from {', '.join(nodes)}")
+                client.exclude(self.job_id, nodes)
         return EXIT_DONE
 
     def _ending(self, decision: Decision, step: int) -> Ending:

@@ -2,9 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,41 +10,21 @@ from launcher.runs.records import Records
 from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from tests.slurm.harness import (
-    board_steps,
+    Record,
+    Start,
+    check_lost,
+    check_same,
     config,
+    finished,
     job_of,
-    logged_steps,
-    logs,
-    lost_steps,
     pretend,
+    push_out,
     train,
     wait_for,
     wait_for_step,
-    wait_until_final,
-    weights,
 )
 
 pytestmark = pytest.mark.slurm
-STEPS = 24
-Start = Callable[..., Cluster]
-Record = Callable[[str, Any], None]
-
-
-def push_out(cluster: Cluster) -> None:
-    """A job of the higher partition that needs every node, for a moment."""
-    cluster.run("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
-
-
-def check_same(run: RunDirectory, undisturbed: RunDirectory, record_property: Record, most_lost: int) -> None:
-    status = wait_until_final(run)
-    assert status.state == "done", logs(run)
-    lost = lost_steps(run)
-    record_property("lost", max(lost, default=0))
-    record_property("restarts", len(status.restarts))
-    assert max(lost, default=0) <= most_lost, lost
-    assert logged_steps(run) == logged_steps(undisturbed) == list(range(1, status.step + 1))
-    assert board_steps(run) == board_steps(undisturbed)
-    assert weights(run) == weights(undisturbed)
 
 
 @pytest.mark.fault(1)
@@ -58,7 +36,7 @@ def test_preemption_with_user_signal(
     run = train(config(beton, "preempted"), tmp_path)
     wait_for_step(run, random.randint(2, 12))
     push_out(cluster)
-    check_same(run, undisturbed, record_property, most_lost=0)
+    check_same(run, undisturbed, 0, record_property)
     assert Records(run).endings()[0].kind == "preempted"
 
 
@@ -71,7 +49,7 @@ def test_preemption_by_sigterm_alone(
     run = train(config(beton, "terminated"), tmp_path)
     wait_for_step(run, random.randint(2, 12))
     push_out(cluster)
-    check_same(run, undisturbed, record_property, most_lost=0)
+    check_same(run, undisturbed, 0, record_property)
 
 
 @pytest.mark.fault(3)
@@ -84,7 +62,7 @@ def test_grace_too_short(
     run = train(config(beton, "cut-off"), tmp_path)
     wait_for_step(run, 6)
     push_out(cluster)
-    check_same(run, undisturbed, record_property, most_lost=2 * 4)
+    check_same(run, undisturbed, 2 * 4, record_property)
 
 
 @pytest.mark.fault(4)
@@ -92,13 +70,11 @@ def test_grace_too_short(
 def test_time_limit_in_many_slices(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     plan = {"steps": 1200, "step_seconds": 0.1, "every": 100000}
     run = pretend(tmp_path, beton, "sliced", plan, time="1", signal_lead_seconds=20)
-    status = wait_until_final(run, 800.0)
-    assert status.state == "done", logs(run)
+    status = finished(run, 800.0)
     assert len(status.restarts) >= 2
     assert {restart["kind"] for restart in status.restarts} == {"time limit"}
     record_property("restarts", len(status.restarts))
-    record_property("lost", max(lost_steps(run), default=0))
-    assert max(lost_steps(run), default=0) == 0
+    check_lost(run, 0, record_property)
 
 
 @pytest.mark.fault(4)
@@ -109,27 +85,24 @@ def test_time_limit_gives_the_same_weights(
     whole = train(config(beton, "whole", epochs=40), tmp_path)
     sliced = train(config(beton, "sliced", epochs=40), tmp_path, time="2", signal_lead_seconds=30)
     for run in (whole, sliced):
-        assert wait_until_final(run, 800.0).state == "done", logs(run)
+        finished(run, 800.0)
     endings = Records(sliced).endings()
-    record_property("restarts", len(endings) - 1)
-    record_property("lost", max(lost_steps(sliced)))
     assert len(endings) >= 2
     assert {ending.kind for ending in endings[:-1]} == {"time limit"}
-    assert max(lost_steps(sliced)) == 0
-    assert weights(whole) == weights(sliced)
+    check_same(sliced, whole, 0, record_property)
 
 
 @pytest.mark.fault(5)
 @pytest.mark.timeout(1200)
 def test_chaos(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     undisturbed = train(config(beton, "calm", epochs=12), tmp_path)
-    assert wait_until_final(undisturbed).state == "done", logs(undisturbed)
+    finished(undisturbed)
     run = train(config(beton, "chaos", epochs=12), tmp_path)
     for requeued in range(10):
         wait_for(f"attempt {requeued + 1}", lambda number=requeued: run.current_attempt() > number, 90.0)
         time.sleep(random.uniform(0.0, 14.0))
         cluster.run("scontrol", "requeue", job_of(run))
-    check_same(run, undisturbed, record_property, most_lost=2 * 4)
+    check_same(run, undisturbed, 2 * 4, record_property)
 
 
 @pytest.mark.fault(6)
@@ -141,10 +114,8 @@ def test_signal_during_start_up(cluster: Cluster, beton: Path, tmp_path: Path, r
     for _ in range(6):  # before the supervisor, before the ranks, before their handlers
         time.sleep(0.1)
         cluster.run("bash", "-c", f"scancel --full --signal=USR2 {job} || true")
-    status = wait_until_final(run)
-    assert status.state == "done", logs(run)
+    status = finished(run)
     # one that came before the supervisor's handlers is only SLURM's to count
     assert "Restarts=0" not in cluster.run("scontrol", "show", "job", job)
     assert all(restart["kind"] == "signal" for restart in status.restarts)
-    record_property("lost", max(lost_steps(run), default=0))
-    assert max(lost_steps(run), default=0) == 0
+    check_lost(run, 0, record_property)

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,14 @@ from launcher.runs.records import checkpoint_step
 from mokd.checkpointing.crash_points import VARIABLE
 from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.run_directory import RunDirectory
-from tests.slurm.harness import ROOT, config, logged_steps, weights
+from tests.slurm.harness import (
+    ROOT,
+    Record,
+    config,
+    logged_steps,
+    weights,
+)
 
-Record = Callable[[str, Any], None]
 STEPS, EVERY = 16, 2
 CRASHED = 137
 # every write, rename and removal of a save, in its order

@@ -3,9 +3,7 @@
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,36 +12,25 @@ from launcher.slurm.status import read_status
 from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from tests.slurm.harness import (
+    Record,
     attempt_record,
+    check_lost,
+    check_same,
     children,
     config,
     controller_has_saved,
+    finished,
     kill,
-    logged_steps,
     logs,
-    lost_steps,
     pretend,
     ranks,
     train,
     wait_for,
     wait_for_step,
     wait_until_final,
-    weights,
 )
 
 pytestmark = pytest.mark.slurm
-Start = Callable[..., Cluster]
-Record = Callable[[str, Any], None]
-
-
-def check_same(run: RunDirectory, undisturbed: RunDirectory, record_property: Record, most_lost: int = 2 * 4) -> None:
-    status = wait_until_final(run)
-    assert status.state == "done", logs(run)
-    lost = max(lost_steps(run), default=0)
-    record_property("lost", lost)
-    assert lost <= most_lost
-    assert logged_steps(run) == list(range(1, 25))
-    assert weights(run) == weights(undisturbed)
 
 
 @pytest.mark.fault(7)
@@ -58,7 +45,7 @@ def test_killed_rank(
     kill([found[1]])
     wait_for("all ranks to be gone", lambda: not ranks(run), 15.0)
     record_property("all_down_seconds", round(time.monotonic() - began, 1))
-    check_same(run, undisturbed, record_property)
+    check_same(run, undisturbed, 2 * 4, record_property)
     assert [restart["kind"] for restart in read_status(run).restarts] == ["failure"]
     assert "rank 1 on n2" in read_status(run).restarts[0]["reason"]
 
@@ -84,7 +71,7 @@ def test_node_dies(
         record_property("elsewhere_seconds", round(time.monotonic() - began, 1))
         assert time.monotonic() - began < 60.0
         assert victim not in attempt_record(run, run.current_attempt())["nodes"]
-        check_same(run, undisturbed, record_property)
+        check_same(run, undisturbed, 2 * 4, record_property)
     finally:
         cluster.wipe_spool(victim)
         cluster.start(victim)
@@ -105,10 +92,9 @@ def test_zombie_attempt(cluster: Cluster, beton: Path, tmp_path: Path, record_pr
         assert any(process.alive for process in old.values()), "nothing was left behind: not this fault"
         # the leftover is refused at its next write and leaves by itself
         wait_for("the leftovers to go", lambda: not any(process.alive for process in old.values()), 60.0)
-        status = wait_until_final(run)
-        assert status.state == "done", logs(run)
+        status = finished(run)
         assert status.restarts[0]["kind"] in ("lost", "node lost")
-        record_property("lost", max(lost_steps(run), default=0))
+        check_lost(run, 2 * 10, record_property)
     finally:
         kill(old.values())
         cluster.wipe_spool("n1")
@@ -129,7 +115,7 @@ def test_hang(
     began = time.monotonic()
     wait_for("all ranks to be gone", lambda: not ranks(run), 90.0)
     record_property("noticed_seconds", round(time.monotonic() - began, 1))
-    check_same(run, undisturbed, record_property)
+    check_same(run, undisturbed, 2 * 4, record_property)
     restarts = read_status(run).restarts
     assert [restart["kind"] for restart in restarts] == ["failure"]
     assert restarts[0]["reason"].startswith("hang: ")
@@ -139,8 +125,7 @@ def test_hang(
 @pytest.mark.timeout(300)
 def test_bad_node(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     run = pretend(tmp_path, beton, "bad-node", {"steps": 150, "step_seconds": 0.1, "bad_node": "n2"})
-    status = wait_until_final(run)
-    assert status.state == "done", logs(run)
+    status = finished(run)
     endings = wait_for("the last word", lambda: len(found := Records(run).endings()) == 3 and found)
     assert [ending.blamed for ending in endings] == [["n2"], ["n2"], []]
     assert [ending.nodes for ending in endings[:2]] == ["n[1-2]"] * 2
@@ -163,12 +148,10 @@ def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_p
         time.sleep(25.0)
     finally:
         cluster.start("slurmctld")
-    status = wait_until_final(run)
-    assert status.state == "done", logs(run)
+    status = finished(run)
     assert [restart["step"] for restart in status.restarts] == [saved]
     assert saved >= 10
-    record_property("lost", max(lost_steps(run), default=0))
-    assert max(lost_steps(run), default=0) == 0
+    check_lost(run, 0, record_property)
 
 
 @pytest.mark.fault(21)

@@ -31,6 +31,8 @@ from slurm.config import Options
 ROOT = Path(__file__).resolve().parents[2]
 PAYLOAD = "tests.launcher.payload:run"
 IMAGES, BATCH = 64, 8
+Record = Callable[[str, Any], None]
+Start = Callable[..., Cluster]
 
 
 STATES = f"mokd-slurm-{os.getuid()}-"
@@ -75,17 +77,18 @@ class Process:
 
 
 def make_images(folder: Path) -> Path:
-    """A small beton of generated pictures."""
+    """A small beton of generated pictures, and `test.beton` beside it."""
     from data_pipeline.beton.convert import ConvertOptions, convert
     from data_pipeline.beton.synthetic import generate
 
-    generate(folder / "images", classes=4, per_class_train=IMAGES // 4, per_class_test=1, size_px=40)
-    convert([folder / "images" / "train"], folder / "train.beton", ConvertOptions(workers=1))
+    generate(folder / "images", classes=4, per_class_train=IMAGES // 4, per_class_test=4, size_px=40)
+    for name in ("train", "test"):
+        convert([folder / "images" / name], folder / f"{name}.beton", ConvertOptions(workers=1))
     return folder / "train.beton"
 
 
 def config(beton: Path, name: str, *, epochs: int = 3, every: int = 4, **changes: Any) -> RunConfig:
-    """A pair small enough for a step to take a few hundredths of a second; 8 steps an epoch."""
+    """A pair small enough for a step to take a few hundredths of a second; 8 steps and an evaluation an epoch."""
     optimizer = {"kind": "adamw", "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.04}
     head = {"hidden": 32, "bottleneck": 16}
     raw: dict[str, Any] = {
@@ -109,6 +112,13 @@ def config(beton: Path, name: str, *, epochs: int = 3, every: int = 4, **changes
         "optim": {"epochs": epochs, "global_batch": BATCH, "warmup_epochs": 1},
         "parallel": {"device": "cpu", "threads_per_rank": 1, "timeout_seconds": 60.0},
         "checkpoint": {"every_steps": every},
+        "evaluation": {
+            "train": str(beton),
+            "test": str(beton.with_name("test.beton")),
+            "every_epochs": 1,
+            "resize_px": 36,
+            "crop_px": 32,
+        },
         "logging": {"every_steps": 1},
     }
     return schema.validate(
@@ -166,6 +176,30 @@ def wait_until_final(run: RunDirectory, seconds: float = 400.0) -> RunStatus:
     return status
 
 
+def finished(run: RunDirectory, seconds: float = 400.0) -> RunStatus:
+    """The status of a run that has to end well."""
+    status = wait_until_final(run, seconds)
+    assert status.state == "done", logs(run)
+    return status
+
+
+def check_lost(run: RunDirectory, most: int, record_property: Record) -> None:
+    """Measures the steps that a restart has cost at most, for the table, and bounds them."""
+    lost = max(lost_steps(run), default=0)
+    record_property("lost", lost)
+    assert lost <= most
+
+
+def check_same(run: RunDirectory, undisturbed: RunDirectory, most_lost: int, record_property: Record) -> None:
+    """A disturbed run ends with the bits, the curves and the evaluations of one that nothing happened to."""
+    record_property("restarts", len(finished(run).restarts))
+    check_lost(run, most_lost, record_property)
+    assert logged_steps(run) == logged_steps(undisturbed) == list(range(1, checkpoint_step(run) + 1))
+    assert board_steps(run) == board_steps(undisturbed)
+    assert evaluations(run) == evaluations(undisturbed) != {}
+    assert weights(run) == weights(undisturbed)
+
+
 def wait_for_step(run: RunDirectory, step: int, attempt: int = 1, seconds: float = 200.0) -> int:
     """Waits until an attempt has done `step` steps."""
 
@@ -219,17 +253,30 @@ def weights(run: RunDirectory) -> str:
 
 
 def logged_steps(run: RunDirectory) -> list[int]:
-    """The steps in metrics.jsonl, as they stand there."""
-    lines = run.metrics_file.read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    """The training steps in metrics.jsonl, as they stand there."""
+    return [record["step"] for record in _records(run) if "images_seen" in record]
+
+
+def evaluations(run: RunDirectory) -> dict[int, dict[str, float]]:
+    """What every evaluation while training found, by step; each may have been done once only."""
+    found: dict[int, dict[str, float]] = {}
+    for record in _records(run):
+        accuracies = {key: value for key, value in record.items() if key.startswith("eval/")}
+        assert not accuracies.keys() & found.get(record["step"], {}).keys(), record
+        if accuracies:
+            found.setdefault(record["step"], {}).update(accuracies)
+    return found
+
+
+def _records(run: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
 
 
 def losses_by_step(run: RunDirectory) -> dict[tuple[int, str], float]:
     """Every branch's total loss at every step."""
-    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     return {
         (record["step"], key): value
-        for record in records
+        for record in _records(run)
         for key, value in record.items()
         if key.startswith("loss/") and key.endswith("/total")
     }
@@ -256,6 +303,12 @@ def relative_distance(one: RunDirectory, other: RunDirectory) -> float:
                 difference += float((mine[name].double() - theirs[name].double()).pow(2).sum())
                 size += float(mine[name].double().pow(2).sum())
     return float((difference / size) ** 0.5)
+
+
+def push_out(cluster: Cluster, node: str | None = None) -> None:
+    """A job of the higher partition that needs a node, or every one, for a moment."""
+    where = ["-w", node] if node else ["-N", str(len(cluster.nodes()))]
+    cluster.run("sbatch", "-p", "high", *where, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
 
 
 def kill(processes: Iterable[Process], number: signal.Signals = signal.SIGKILL) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from launcher.config import ClusterConfig
 from launcher.runs.records import Ending
-from launcher.slurm.requeue_policy import Facts, TaskError, bad_nodes, decide, failures_without_progress
+from launcher.slurm.requeue_policy import Facts, TaskError, bad_nodes, decide, exclusions, failures_without_progress
 
 CLUSTER = ClusterConfig(signal_lead_seconds=60)
 STOPPED = {"state": "stopped", "reason": "SIGUSR2"}
@@ -89,3 +89,14 @@ def test_a_node_is_bad_at_its_second_failure() -> None:
     once = ended("failure", 0, ("n2",))
     assert bad_nodes([once]) == []
     assert bad_nodes([once, replace(once, attempt=2), ended("failure", 0, ("n3",))]) == ["n2"]
+
+
+def test_bad_nodes_are_excluded_as_long_as_enough_others_remain() -> None:
+    twice, thrice = ended("failure", 0, ("n2",)), ended("failure", 0, ("n3",))
+    history = [twice, replace(twice, attempt=2), *(replace(thrice, attempt=number) for number in (3, 4, 5))]
+    everywhere = {"n1", "n2", "n3", "n4"}
+    assert bad_nodes(history) == ["n3", "n2"]
+    assert exclusions(history, set(), everywhere, 2) == ["n2", "n3"]
+    assert exclusions(history, set(), everywhere, 3) == ["n3"]
+    assert exclusions(history, set(), everywhere, 4) == []
+    assert exclusions(history, {"n1"}, everywhere, 3) == ["n1"]
