@@ -161,7 +161,7 @@ def test_unwritable_tensorboard(beton: Path, whole: RunDirectory, tmp_path: Path
 @pytest.mark.fault("beton replaced")
 @pytest.mark.timeout(600)
 def test_beton_replaced_between_restarts(beton: Path, tmp_path: Path) -> None:
-    for path in beton.parent.glob("train.beton*"):
+    for path in beton.parent.glob("*.beton*"):
         shutil.copy(path, tmp_path)
     run = new_run(tmp_path / "train.beton", tmp_path / "replaced")
     assert start(run, **{VARIABLE: "latest"}).returncode == CRASHED

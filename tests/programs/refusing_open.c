@@ -1,4 +1,5 @@
-/* Preloaded into a process: the first REFUSE_TIMES opens of paths that hold REFUSE_PATH fail with errno REFUSE_ERRNO.
+/* Preloaded into a process: opens of paths that hold REFUSE_PATH fail with errno REFUSE_ERRNO, the first REFUSE_TIMES
+   of them, and while the file REFUSE_WHILE exists when one is named.
 
    cc -shared -fPIC -o refusing_open.so refusing_open.c -ldl */
 #define _GNU_SOURCE
@@ -9,12 +10,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 static int refused;
 
 static int refuse(const char *path) {
   const char *part = getenv("REFUSE_PATH"), *times = getenv("REFUSE_TIMES"), *number = getenv("REFUSE_ERRNO");
+  const char *file = getenv("REFUSE_WHILE");
   if (!part || !times || !number || !strstr(path, part) || refused >= atoi(times)) return 0;
+  if (file && access(file, F_OK)) return 0;
   refused++;
   errno = atoi(number);
   return 1;
