@@ -49,6 +49,7 @@ def test_arguments(run: RunDirectory) -> None:
     assert "no branch 'cnn'; there are resnet, vit" in refusal(run, branches=("cnn",))
     assert "--task: given 'knnn', expected knn or linear" in refusal(run, task="knnn")
     assert "--network: given 'both'" in refusal(run, network="both")
+    assert "--name: given '../../x'" in refusal(run, name="../../x")
     assert "no complete checkpoint" in refusal(run, network="student")
     assert "evaluation.transfer.train: not set; give --train BETON" in refusal(run, task="transfer")
     assert "evaluation.test: not set" in refusal(run, "evaluation.test=null")
