@@ -85,7 +85,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def thinned(points: Points) -> Points:
-    """At most two points for each of some stretches of equal count: its smallest and its largest value, so no peak is lost."""
+    """The smallest and the largest value of each of some stretches of equal count, so that no peak is lost."""
     size = math.ceil(len(points) / _BUCKETS)
     if size <= 2:
         return points

@@ -21,8 +21,8 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1240px; padding: 16px; background: var(--ground); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.35rem; margin-top: 2.2rem; border-top: 1px solid var(--line);
-  padding-top: 1rem; } h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.35rem; margin-top: 2.2rem;
+  border-top: 1px solid var(--line); padding-top: 1rem; } h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
 a { color: var(--link); } p { margin: .4rem 0; max-width: 75ch; } .quiet { color: var(--quiet); }
 .scroll { overflow-x: auto; } .scroll:focus-visible, summary:focus-visible, a:focus-visible {
   outline: 2px solid var(--link); outline-offset: 2px; }
@@ -33,13 +33,15 @@ td { min-width: 3rem; } td.long { min-width: 14rem; overflow-wrap: anywhere; } t
   overflow-wrap: normal; white-space: nowrap; }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 figure { margin: 0; padding: 10px; background: var(--card); border-radius: 8px; } figure svg, figure img {
-  display: block; width: 100%; height: auto; } figcaption { font-size: .85rem; } figcaption strong { font-size: .95rem; }
+  display: block; width: 100%; height: auto; } figcaption { font-size: .85rem; }
+figcaption strong { font-size: .95rem; }
 .legend { list-style: none; margin: .2rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem .9rem; }
 .legend svg { display: inline-block; width: 26px; height: 8px; margin-right: .3rem; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: .35rem; }
 svg text { fill: var(--quiet); font: 11px system-ui, sans-serif; } .axis { stroke: var(--line); }
 .mark { stroke: var(--quiet); stroke-dasharray: 2 3; } .series { fill: none; stroke-width: 1.8; }
-.bar { position: relative; height: 26px; background: var(--card); border-radius: 4px; overflow: hidden; margin: 2px 0 8px; }
+.bar { position: relative; height: 26px; background: var(--card); border-radius: 4px; overflow: hidden;
+  margin: 2px 0 8px; }
 .bar i { position: absolute; top: 0; bottom: 0; } pre { background: var(--card); padding: 10px; border-radius: 8px;
   overflow-x: auto; font-size: .82rem; overflow-wrap: normal; } summary { cursor: pointer; padding: .4rem 0; }
 @media print { .scroll, pre { overflow: visible; } }

@@ -10,6 +10,8 @@ from typing import Any
 
 from launcher.report.html import page, table
 from launcher.runs.goodput import goodput
+from launcher.runs.records import Records, checkpoint_step
+from launcher.slurm.client import SchedulerError
 from launcher.slurm.status import find_runs, read_status
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
@@ -46,7 +48,11 @@ COLUMNS = ["run", "state", "step", "best k-NN %", "goodput", "restarts"]
 
 def summary(run: RunDirectory) -> RunSummary:
     """The facts of one run now."""
-    status, account = read_status(run), goodput(run)
+    account, mark, endings = goodput(run), run.read_status(), Records(run).endings()
+    try:
+        state = read_status(run).state
+    except SchedulerError:  # a run may be shown where its scheduler is unknown; its own mark is what there is then
+        state = str(mark.get("state", "created"))
     best: dict[str, float] = {}
     for record in read_metrics(run.metrics_file):
         for key, value in record.items():
@@ -54,10 +60,10 @@ def summary(run: RunDirectory) -> RunSummary:
                 best[match[1]] = max(value, best.get(match[1], value))
     return RunSummary(
         run=str(run.path),
-        state=status.state,
-        step=status.step,
-        total_steps=status.total_steps,
-        restarts=len(status.restarts),
+        state=state,
+        step=max(int(mark.get("step", 0)), checkpoint_step(run)),
+        total_steps=mark.get("total_steps"),
+        restarts=sum(ending.verdict == "requeued" for ending in endings),
         best_knn=best,
         goodput=account.useful_fraction if account.attempts else None,
     )

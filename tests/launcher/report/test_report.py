@@ -1,4 +1,4 @@
-"""Reports, the table of runs and pictures of views, of a real tiny run; looked at in a real browser where there is one."""
+"""Reports, the table of runs and pictures of views, of a real tiny run, opened in a real browser."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,18 @@ from PIL import Image
 from launcher.cli import main as cli
 from launcher.report.build import families
 from launcher.report.chart import thinned, ticks
+from launcher.report.summary import summary
 from launcher.report.timeline import attempt_spans
 from launcher.runs.goodput import goodput
 from launcher.runs.records import Ending, Records
+from launcher.slurm.client import SchedulerError
 from mokd.runs.run_directory import RunDirectory
 from tests.support import mokd, tiny
 
 
 @pytest.fixture(scope="module")
 def root(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny run that was trained, and was resumed from step 3 after an attempt that had got to step 5."""
+    """A folder with a trained tiny run, and on its record a restart from step 3 after step 5."""
     root = tmp_path_factory.mktemp("reports")
     test = beton.with_name("test.beton")
     evaluation = {"train": str(beton), "test": str(test), "resize_px": 36, "crop_px": 32, "every_epochs": 1}
@@ -98,7 +101,7 @@ def test_nothing_comes_from_elsewhere_and_everything_is_told_in_words(page: str)
     assert not re.search(r"url\(|@import", page)
     levels = [int(tag[1]) for tag, _ in elements if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
@@ -141,15 +144,41 @@ def test_it_fits_the_screen_in_a_browser(page: str, width: int, tmp_path: Path) 
     assert out["images"]
 
 
-def test_steps_done_again_are_lost_in_the_timeline(root: Path) -> None:
+def test_the_spans_of_a_real_run(root: Path) -> None:
     run = RunDirectory.open(root / "runs" / "tiny")
     first, second = goodput(run).attempts
     spans = attempt_spans(run, first)
     assert spans[0].phase == "start"
-    assert all(before.ended == after.started for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before.ended == after.started for before, after in pairwise(spans))
     assert first.steps_lost == 2
     waited = attempt_spans(run, second)[0]
     assert (waited.phase, round(waited.ended - waited.started)) == ("queued", 5)
+
+
+def test_steps_done_again_are_lost_in_the_timeline(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim_attempt({"launch": 1, "time": 100.0, "step": 0})
+    moments = [(101.0, "start", 0), (110.0, "step", 1), (116.0, "save", 3), (117.0, "step", 3)]
+    run.phases_file(1).parent.mkdir()
+    lines = [json.dumps(dict(zip(("time", "phase", "step"), moment, strict=True))) for moment in moments]
+    run.phases_file(1).write_text("\n".join(lines))
+    times = {"started": 100.0, "ended": 121.0}
+    Records(run).write_ending(Ending(1, 1, "requeued", "failure", "", 3, first_step=0, last_step=5, **times))
+    (attempt,) = goodput(run).attempts
+    spans = [(span.phase, span.ended - span.started) for span in attempt_spans(run, attempt)]
+    assert spans == [("start", 1.0), ("start", 9.0), ("step", 6.0), ("save", 1.0), ("lost", 4.0)]
+
+
+def test_a_run_is_shown_where_its_scheduler_is_unknown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.open(root / "runs" / "tiny")
+    state = summary(run).state
+
+    # a stand-in for a scontrol that cannot find its cluster: where SLURM is missing or runs, there is none to be had
+    def unknown(_: RunDirectory) -> None:
+        raise SchedulerError("no configuration source")
+
+    monkeypatch.setattr("launcher.report.summary.read_status", unknown)
+    assert summary(run).state == state == "done"
 
 
 def test_the_table_of_runs(root: Path, page: str, capsys: pytest.CaptureFixture[str]) -> None:
