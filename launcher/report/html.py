@@ -26,7 +26,9 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.35rem; margin-top:
 a { color: var(--link); } p { margin: .4rem 0; max-width: 75ch; } .quiet { color: var(--quiet); }
 .scroll { overflow-x: auto; } .scroll:focus-visible, summary:focus-visible, a:focus-visible {
   outline: 2px solid var(--link); outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+/* `anywhere` would let columns shrink to a letter */
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
+thead th { white-space: nowrap; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); }
 td { min-width: 3rem; } td.long { min-width: 14rem; overflow-wrap: anywhere; } td.number, th.number { text-align: right;

@@ -114,6 +114,7 @@ def test_it_fits_the_screen_in_a_browser(page: str, width: int, tmp_path: Path) 
         out.wide = d.documentElement.scrollWidth;
         out.figures = [...d.querySelectorAll("figure svg[role], figure img, .bar")].map(x => x.getBoundingClientRect())
           .map(r => [r.left, r.right, r.height]);
+        out.headings = [...d.querySelectorAll("thead th")].map(x => x.getBoundingClientRect().height);
         out.images = [...d.images].map(i => i.naturalWidth);
         const p = document.createElement("pre"); p.id = "out"; p.textContent = JSON.stringify(out);
         document.body.append(p); }</script>"""
@@ -138,6 +139,7 @@ def test_it_fits_the_screen_in_a_browser(page: str, width: int, tmp_path: Path) 
     assert found is not None, seen.stdout[-500:]
     out = json.loads(found[1])
     assert out["wide"] <= width
+    assert max(out["headings"]) < 45  # on one line, not letter by letter
     assert len(out["figures"]) > 8
     assert all(left >= 0 and right <= width and height > 20 for left, right, height in out["figures"])
     assert all(natural > 0 for natural in out["images"])
