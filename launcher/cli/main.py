@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from data_pipeline.core.errors import DataError, UserError
-from launcher.cli import bench, compare, data, doctor, evaluate, export, jobs, site, train
+from launcher.cli import bench, compare, data, doctor, evaluate, export, jobs, report, site, train
 from launcher.cli.console import messages
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ evaluate.register(app)
 jobs.register(app)
 compare.register(app)
 export.register(app)
+report.register(app)
 bench.register(app)
 doctor.register(app)
 site.register(app)

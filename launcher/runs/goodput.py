@@ -35,6 +35,16 @@ class AttemptTime:
 
 
 @dataclass(frozen=True)
+class PhaseSpan:
+    """One stretch of an attempt; times in seconds since the epoch."""
+
+    phase: str
+    step: int  # the last one done when it began
+    started: float
+    ended: float
+
+
+@dataclass(frozen=True)
 class Goodput:
     """Where the time of a run went, in seconds."""
 
@@ -106,7 +116,7 @@ def _attempts(run: RunDirectory, now: float) -> Iterator[AttemptTime]:
         if not facts:
             continue
         started = float(ending.started if ending else facts["time"])
-        phases = read_metrics(run.path / "attempts" / f"{number:04d}" / "phases.jsonl")
+        phases = read_metrics(run.phases_file(number))
         ended, last = _end(run, number, ending, phases, now)
         # the first step to be done again is the one after the checkpoint that a restart resumes from
         lost = max(0, last - ending.step) if ending and ending.verdict != "done" else 0
@@ -138,14 +148,23 @@ def _end(
     return float(newest.get("time", 0.0)), int(newest.get("step", 0))
 
 
-def _durations(phases: list[dict[str, Any]], started: float, ended: float) -> dict[str, float]:
-    """How long rank 0 was in each phase; the time before its first word belongs to the start."""
+def phase_spans(phases: list[dict[str, Any]], started: float, ended: float) -> list[PhaseSpan]:
+    """The phases of rank 0 one after the other; the time before its first word belongs to the start."""
     if not phases:
-        return {}
-    moments = [started, *(float(phase["time"]) for phase in phases), ended]
+        return []
+    named = [(started, "start", 0), *((float(p["time"]), str(p["phase"]), int(p["step"])) for p in phases)]
+    moments = [*(moment for moment, _, _ in named), ended]
+    return [
+        PhaseSpan(name, step, since, max(since, until))
+        for (_, name, step), (since, until) in zip(named, pairwise(moments), strict=True)
+    ]
+
+
+def _durations(phases: list[dict[str, Any]], started: float, ended: float) -> dict[str, float]:
+    """How long rank 0 was in each phase."""
     found: dict[str, float] = {}
-    for name, (since, until) in zip(["start", *(str(p["phase"]) for p in phases)], pairwise(moments), strict=True):
-        found[name] = found.get(name, 0.0) + max(0.0, until - since)
+    for span in phase_spans(phases, started, ended):
+        found[span.phase] = found.get(span.phase, 0.0) + span.ended - span.started
     return found
 
 

@@ -1,0 +1,179 @@
+"""The report: one or several runs as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from launcher.report.chart import Points, line_chart
+from launcher.report.html import page, table
+from launcher.report.summary import COLUMNS, summary
+from launcher.report.timeline import timeline
+from launcher.runs.goodput import goodput
+from mokd.runs.files import read_json
+from mokd.runs.metrics import read_metrics
+from mokd.runs.run_directory import RunDirectory
+
+_PICTURE_BYTES = 8_000_000  # of all pictures of a run: a report is to be sent by mail
+_NO_CURVES = frozenset({"step", "epoch", "images_seen"})
+_TITLES = {
+    "images_per_second": "Images per second",
+    "data_wait_fraction": "Part of the time spent waiting for data",
+    "lr": "Learning rate",
+    "eval": "k-NN and other accuracies while training (%)",
+    "teacher_entropy": "Entropy of the teacher (nats)",
+    "center_norm": "Norm of the center",
+    "feature_std": "Standard deviation of the features",
+    "feature_rank": "Effective rank of the features",
+}
+
+
+def build_report(runs: Sequence[RunDirectory]) -> str:
+    """The page. Raises UserError when a configuration cannot be read."""
+    names = [run.path.name for run in runs]
+    title = f"Run {names[0]}" if len(runs) == 1 else "Runs " + ", ".join(names)
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    lines = [summary(run).cells() for run in runs]
+    links = [f"#run-{i}" for i in range(len(runs))]
+    body = f'<header><h1>{escape(title)}</h1><p class="quiet">As of {now}.</p></header><main>'
+    body += table("State of the runs" if len(runs) > 1 else "State of the run", COLUMNS, lines, links)
+    if len(runs) > 1:
+        body += _side_by_side(runs)
+    return page(title, body + "".join(_run(i, run) for i, run in enumerate(runs)) + "</main>")
+
+
+def _run(number: int, run: RunDirectory) -> str:
+    config, account = run.config(), goodput(run)
+    marks = [float(attempt.first_step) for attempt in account.attempts[1:]]
+    networks = [[b.name, b.backbone, f"{b.weight:g}", b.optimizer.kind] for b in config.branches]
+    parts = [
+        f'<section id="run-{number}" aria-labelledby="run-{number}-name">'
+        f'<h2 id="run-{number}-name">{escape(run.path.name)}</h2>',
+        f"<p>{escape(config.objective.kind)}, {config.optim.epochs} epochs, {config.optim.global_batch} images a step, "
+        f"seed {config.seed}.</p>",
+        table("Branches", ["branch", "backbone", "weight", "optimizer"], networks),
+        _alarms(run),
+        f"<h3>Where the time went</h3>{timeline(run, account)}",
+        f"<h3>Curves</h3>{_curves(read_metrics(run.metrics_file), marks)}",
+        _evaluations(run),
+        _changes(run),
+        _pictures(run),
+        _environment(run),
+        f"<h3>Configuration</h3><details><summary>Every key, with defaults</summary>"
+        f'<pre tabindex="0">{escape(run.config_file.read_text(encoding="utf-8"))}</pre></details></section>',
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def families(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Points]]:
+    """The curves of each chart by name: a loss per branch, everything else by the first part of its key."""
+    found: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key in _NO_CURVES or not isinstance(value, int | float | None) or "step" not in record:
+                continue
+            family, _, rest = key.partition("/")
+            if family == "loss":
+                branch, _, rest = rest.partition("/")
+                family = f"Loss of {branch}"
+            points = found.setdefault(family, {}).setdefault(rest or family.replace("_", " "), [])
+            points.append((record["step"], value))
+    return {family: dict(series) for family, series in found.items()}
+
+
+def _curves(records: Sequence[dict[str, Any]], marks: Sequence[float]) -> str:
+    charts = families(records)
+    if not charts:
+        return "<p>Nothing has been logged yet.</p>"
+    # accuracies first, then losses, then how fast, then the rest as it was logged
+    first = ["eval", *(name for name in charts if name.startswith("Loss")), "images_per_second", "data_wait_fraction"]
+    order = [name for name in dict.fromkeys([*first, *charts]) if name in charts]
+    drawn = "".join(line_chart(_TITLES.get(n, n.replace("_", " ").capitalize()), charts[n], marks) for n in order)
+    note = '<p class="quiet">Over the step. Dotted vertical lines: the run was resumed there.</p>' if marks else ""
+    return f'{note}<div class="grid">{drawn}</div>'
+
+
+def _side_by_side(runs: Sequence[RunDirectory]) -> str:
+    """The accuracies and total losses of all runs in the same charts."""
+    charts: dict[str, dict[str, Points]] = {"k-NN accuracy (%)": {}, "Total loss": {}, "Images per second": {}}
+    for run in runs:
+        for family, series in families(read_metrics(run.metrics_file)).items():
+            for name, points in series.items():
+                if family == "eval" and name.endswith("/knn_top1"):
+                    charts["k-NN accuracy (%)"][f"{run.path.name}: {name.removesuffix('/knn_top1')}"] = points
+                elif family.startswith("Loss of ") and name == "total":
+                    charts["Total loss"][f"{run.path.name}: {family.removeprefix('Loss of ')}"] = points
+                elif family == "images_per_second":
+                    charts["Images per second"][run.path.name] = points
+    drawn = "".join(line_chart(title, series) for title, series in charts.items())
+    return f'<h2>Side by side</h2><div class="grid">{drawn}</div>'
+
+
+def _evaluations(run: RunDirectory) -> str:
+    rows = []
+    for path in sorted(run.evaluations.glob("*.json")):
+        document = read_json(path)
+        if not isinstance(document, dict):
+            continue
+        for record in document.get("results", []):
+            if record.get("headline"):
+                about = [str(document.get(key, "-")) for key in ("task", "network", "step", "images")]
+                rows.append([record["branch"], *about, *(f"{record[key]:.2f}" for key in ("top1", "top5"))])
+    if not rows:
+        return ""
+    columns = ["branch", "task", "network", "step", "test images", "top-1 %", "top-5 %"]
+    return "<h3>Evaluations</h3>" + table("Results of mokd eval, the headline setting of each", columns, rows)
+
+
+def _changes(run: RunDirectory) -> str:
+    lines = read_metrics(run.changes_file)
+    rows = [[str(line.get(key, "-")) for key in ("step", "key", "before", "after")] for line in lines]
+    columns = ["step", "key", "before", "after"]
+    return "<h3>Changes</h3>" + table("Hyper-parameters changed on the way", columns, rows) if rows else ""
+
+
+def _alarms(run: RunDirectory) -> str:
+    path = run.path / "alarms.jsonl"
+    if not path.exists():
+        return ""
+    rows = [[str(line.get(key, "-")) for key in ("step", "alarm", "advice")] for line in read_metrics(path)]
+    if not rows:
+        return "<h3>Alarms</h3><p>None.</p>"
+    return f"<h3>Alarms</h3>{table('What the monitors warned of', ['step', 'alarm', 'advice'], rows)}"
+
+
+def _pictures(run: RunDirectory) -> str:
+    """The pictures in RUN/analysis, as far as they fit; what does not is named."""
+    figures, left = [], _PICTURE_BYTES
+    for path in sorted((run.path / "analysis").glob("*.png")):
+        content, name = path.read_bytes(), escape(path.stem.replace("_", " ").replace("-", " "))
+        left -= len(content)
+        if left < 0:
+            figures.append(
+                f"<figure><figcaption>{name}: too large for this file; it is analysis/{escape(path.name)}"
+                "</figcaption></figure>"
+            )
+            left += len(content)
+            continue
+        data = base64.b64encode(content).decode()
+        figures.append(
+            f'<figure><figcaption><strong>{name}</strong></figcaption><img alt="{name} of run '
+            f'{escape(run.path.name)}" src="data:image/png;base64,{data}"></figure>'
+        )
+    return f"<h3>Pictures</h3>{''.join(figures)}" if figures else ""
+
+
+def _environment(run: RunDirectory) -> str:
+    facts = read_json(run.environment_file)
+    if not isinstance(facts, dict):
+        return ""
+    rows = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            rows += [[f"{key}: {name}", str(inner if inner is not None else "-")] for name, inner in value.items()]
+        else:
+            rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
+    return "<h3>Environment</h3>" + table("Of the newest attempt", ["what", "value"], rows)
