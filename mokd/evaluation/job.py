@@ -90,13 +90,13 @@ class Job:
 def _check_words(request: Request) -> None:
     _one_of("--task", request.task, tasks.TASKS)
     _one_of("--network", request.network, NETWORKS)
+    if request.name is not None and (Path(request.name).name != request.name or request.name.startswith(".")):
+        raise UserError(f"--name: given {request.name!r}, expected the name of a file, not a path")
 
 
 @contextmanager
 def holding(request: Request) -> Generator[Request]:
     """The request with the checkpoint that it is about, which no pruning takes away until the end of the context."""
-    if request.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", request.name):
-        raise UserError(f"--name: given {request.name!r}, expected letters, digits, '.', '_' and '-', not a path")
     _check_words(request)
     if request.source.is_file() or request.network == "scratch" or request.held is not None:
         yield request
