@@ -118,9 +118,10 @@ class Supervisor:
         already = self._job()
         if not (already and already.restarts > _restart_count()):  # else SLURM has done so itself
             client.requeue(self.job_id, REQUEUE_PATIENCE_SECONDS)
-        if already and (bad := bad_nodes(history)):
-            kept = client.host_names(already.excluded)
-            nodes = exclusions(history, kept, client.nodes_in_service(already.partition), self.cluster.nodes)
+        # the controller may have been away before the order and be back since
+        if (bad := bad_nodes(history)) and (job := already or self._job()):
+            kept = client.host_names(job.excluded)
+            nodes = exclusions(history, kept, client.nodes_in_service(job.partition), self.cluster.nodes)
             if spared := sorted({*bad} - {*nodes}):
                 _say(f"{', '.join(spared)}: bad, but too few other nodes are in service to stay away")
             if {*nodes} - kept:

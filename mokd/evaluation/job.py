@@ -106,8 +106,7 @@ def holding(request: Request) -> Generator[Request]:
 
 
 def prepare(request: Request) -> Job:
-    """All checks that need no network. UserError for what cannot work."""
-    _check_words(request)
+    """All checks that need no network, of a request that is held. UserError for what cannot work."""
     from_weights = request.source.is_file()
     run = RunDirectory(request.source) if from_weights else RunDirectory.open(request.source)
     raw = _config_for_weights(request) if from_weights else schema.read_yaml(run.config_file)

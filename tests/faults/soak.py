@@ -4,8 +4,7 @@
 
 Every 30 to 120 seconds something goes wrong, whatever the run is doing then. In the end the run is cancelled, which
 saves it, and the real trainer trains as many steps undisturbed: weights, optimisers, curves and evaluations must be the
-same.
-The clock is not made to jump: it is this machine's only one, and durations are measured with the monotonic clock.
+same. The clock is not made to jump: it is this machine's only one, and durations are measured with the monotonic clock.
 """
 
 from __future__ import annotations

@@ -85,8 +85,7 @@ def test_cancel_saves_and_resume_continues(cluster: Cluster, beton: Path, tmp_pa
     assert saved >= 5
     wait_for("the job to go", lambda: not ranks(run))
     submit(run, cluster_config(nodes=3), entry=PAYLOAD)
-    status = wait_until_final(run)
-    assert status.attempt == 2, logs(run)
+    assert finished(run).attempt == 2, logs(run)
 
 
 @pytest.mark.fault("storm")
@@ -128,8 +127,7 @@ def test_older_launch_steps_aside(cluster: Cluster, beton: Path, tmp_path: Path)
     records.write_launch(type(launch)(**{**vars(launch), "job_id": "999999"}))
     submit(run, cluster_config(), entry=PAYLOAD)
     wait_for("the first job to leave", lambda: first not in cluster.run("squeue", "-h", "-o", "%i").split())
-    status = finished(run)
-    assert status.attempt == 2
+    assert finished(run).attempt == 2
 
 
 @pytest.mark.fault(20)

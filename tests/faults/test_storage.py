@@ -15,13 +15,7 @@ from launcher.runs.records import checkpoint_step
 from mokd.checkpointing.crash_points import VARIABLE
 from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.run_directory import RunDirectory
-from tests.slurm.harness import (
-    ROOT,
-    Record,
-    config,
-    logged_steps,
-    weights,
-)
+from tests.slurm.harness import ROOT, Record, config, logged_steps, weights
 
 STEPS, EVERY = 16, 2
 CRASHED = 137
