@@ -103,6 +103,14 @@ def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) 
     assert "no such configuration file; in configs/: " in error_line("config", "nothing.yaml")
 
 
+def test_a_file_that_cannot_be_read_or_written_is_said_in_one_line(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failed = mokd("launch", config, "--local", "--root", tmp_path / "file" / "runs")
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1] == f"failed: {tmp_path}/file/runs/tiny: Not a directory"
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -70,6 +70,7 @@ def test_the_parts_of_a_start_and_what_came_before_the_attempts_number(tmp_path:
     file = run.phases_file(1)
     file.parent.mkdir()
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.write_status("running", 1, step=1)
     (found,) = goodput(run, now=1020.0).attempts
     assert found.parts == {"imports": 8.0, "process group": 4.0, "first step": 2.0}
     # the attempt itself began at 1010
