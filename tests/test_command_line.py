@@ -13,7 +13,8 @@ import yaml
 from data_pipeline.beton.manifest import manifest_path
 from launcher.cli import main as cli
 from mokd.runs.exit_codes import EXIT_GAVE_UP
-from tests.support import mokd, tiny
+from mokd.runs.run_directory import RunDirectory
+from tests.support import mokd, tiny, tiny_config
 
 
 @pytest.fixture
@@ -103,12 +104,13 @@ def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) 
     assert "no such configuration file; in configs/: " in error_line("config", "nothing.yaml")
 
 
-def test_a_file_that_cannot_be_read_or_written_is_said_in_one_line(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    failed = mokd("launch", config, "--local", "--root", tmp_path / "file" / "runs")
+def test_a_file_that_cannot_be_written_is_said_in_one_line(beton: Path, tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", tiny_config(beton))
+    run.jobs.touch()  # where a folder belongs
+    failed = mokd("resume", run.path, "--local")
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1] == f"failed: {tmp_path}/file/runs/tiny: Not a directory"
+    assert failed.stderr.splitlines()[-1] == f"failed: {run.jobs}: File exists"
 
 
 @pytest.mark.parametrize(
