@@ -104,13 +104,24 @@ def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) 
     assert "no such configuration file; in configs/: " in error_line("config", "nothing.yaml")
 
 
-def test_a_file_that_cannot_be_written_is_said_in_one_line(beton: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "status", "says"),
+    [
+        ("jobs/launches", 2, "error: {path}: the launch cannot be recorded: File exists"),
+        ("attempts", 1, "failed: {path}: File exists"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_said_in_one_line(
+    folder: str, status: int, says: str, beton: Path, tmp_path: Path
+) -> None:
     run = RunDirectory.create(tmp_path / "run", tiny_config(beton))
-    run.jobs.touch()  # where a folder belongs
+    path = run.path / folder
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
     failed = mokd("resume", run.path, "--local")
-    assert failed.returncode == 1
+    assert failed.returncode == status, failed.stderr
     assert "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1] == f"failed: {run.jobs}: File exists"
+    assert failed.stderr.splitlines()[-1] == says.format(path=path)
 
 
 @pytest.mark.parametrize(
