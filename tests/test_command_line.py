@@ -13,7 +13,8 @@ import yaml
 from data_pipeline.beton.manifest import manifest_path
 from launcher.cli import main as cli
 from mokd.runs.exit_codes import EXIT_GAVE_UP
-from tests.support import mokd, tiny
+from mokd.runs.run_directory import RunDirectory
+from tests.support import mokd, tiny, tiny_config
 
 
 @pytest.fixture
@@ -101,6 +102,26 @@ def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) 
     assert json.loads(mokd("config", "vit_s_resnet50", "--json").stdout)["name"] == "vit_s_resnet50"
     assert "did you mean 'epochs'" in error_line("config", config, "optim.epoch=7")
     assert "no such configuration file; in configs/: " in error_line("config", "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("folder", "status", "says"),
+    [
+        ("jobs/launches", 2, "error: {path}: the launch cannot be recorded: File exists"),
+        ("attempts", 1, "failed: {path}: File exists"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_said_in_one_line(
+    folder: str, status: int, says: str, beton: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory.create(tmp_path / "run", tiny_config(beton))
+    path = run.path / folder
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    failed = mokd("resume", run.path, "--local")
+    assert failed.returncode == status, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1] == says.format(path=path)
 
 
 @pytest.mark.parametrize(

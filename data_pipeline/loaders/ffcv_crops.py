@@ -21,18 +21,20 @@ from data_pipeline.beton.format import BetonInfo
 from data_pipeline.core.errors import DataError, UserError
 from data_pipeline.core.host_memory import Packed, Ring
 from data_pipeline.core.native_library import STATUS, Engine
+from data_pipeline.loaders.ffcv_import import quick_ffcv_import
 from data_pipeline.sampling.order import Int64Array
 
 try:
-    import ffcv.loader.epoch_iterator as epoch_iterator_module
-    import ffcv.loader.loader as ffcv_loader_module
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.memory_managers.base import MemoryContext, MemoryManager
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.state import State
+    with quick_ffcv_import():
+        import ffcv.loader.epoch_iterator as epoch_iterator_module
+        import ffcv.loader.loader as ffcv_loader_module
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.loader.epoch_iterator import EpochIterator
+        from ffcv.memory_managers.base import MemoryContext, MemoryManager
+        from ffcv.pipeline.allocation_query import AllocationQuery
+        from ffcv.pipeline.compiler import Compiler
+        from ffcv.pipeline.state import State
 except ImportError as error:
     raise UserError(
         f"data.backend: ffcv cannot be imported ({error}): run `make setup`, or use data.backend=torchvision"

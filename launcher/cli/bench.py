@@ -86,10 +86,13 @@ def resume(
     record: Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How long training stands still for a save, and from the start of a resumed run to its first step."""
+    """How long training stands still for a save, and what a stop and a restart take, by part.
+
+    A configuration that evaluates while training is also asked to stop amid an evaluation.
+    """
     from mokd.training.feasibility import check  # imports torch
 
-    run_config = load_config(find_config(config), [*(overrides or []), "evaluation.every_epochs=null"])
+    run_config = load_config(find_config(config), overrides or [])
     check(run_config, 1)
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -101,8 +104,12 @@ def resume(
         return
     rows = [[f"save, {name}", f"{seconds:.3f} s"] for name, seconds in result["save_stall_seconds"].items()]
     rows.append(["resumed, first step", f"{result['first_step_seconds']:.1f} s"])
+    rows += [[f"restart: {part}", f"{seconds:.2f} s"] for part, seconds in result["restart_seconds"].items()]
+    rows.append(["verifying a checkpoint, alone", f"{result['verify_seconds']:.2f} s"])
+    if answers := result["evaluation_stop_seconds"]:
+        rows.append(["evaluation broken off", f"{answers['median']:.2f} s, at most {answers['max']:.2f} s"])
     rows.append(["checkpoint", f"{result['checkpoint_bytes'] / 2**20:.1f} MiB"])
-    print_table("training stands still for", ["what", "median"], rows)
+    print_table("seconds without training", ["what", "median"], rows)
 
 
 @bench.command(epilog="Example: mokd bench step vit_s_resnet50.yaml optim.global_batch=64 --json")

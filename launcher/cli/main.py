@@ -32,7 +32,9 @@ site.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. A mistake of the user ends in one line and exit status 2, a failed run in 1."""
+    """Runs a command. A mistake of the user ends in one line and exit status 2, a failed run in 1, as does a file
+    that cannot be read or written.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app(arguments)
@@ -42,9 +44,14 @@ def main(arguments: list[str] | None = None) -> None:
     except DataError as error:
         messages.print(f"[bold red]failed:[/] {escape(error)}")
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise  # not a file that somebody could mend
+        messages.print(f"[bold red]failed:[/] {escape(f'{error.filename}: {error.strerror}')}")
+        sys.exit(1)
 
 
-def escape(error: Exception) -> str:
+def escape(error: Exception | str) -> str:
     """An error's text with nothing in it that rich would take for markup, on one line."""
     return " ".join(str(error).split()).replace("[", r"\[")
 

@@ -32,6 +32,7 @@ class AttemptTime:
     last_step: int
     steps_lost: int  # done in this attempt, and again in a later one
     phases: dict[str, float] = field(default_factory=dict)  # of rank 0; empty where none are on record
+    parts: dict[str, float] = field(default_factory=dict)  # of the phases up to the end of the first step
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _attempts(run: RunDirectory, now: float) -> Iterator[AttemptTime]:
             last_step=last,
             steps_lost=lost,
             phases=_durations(phases, started, ended),
+            parts=_parts(phases),
         )
         yield before
 
@@ -152,7 +154,8 @@ def phase_spans(phases: list[dict[str, Any]], started: float, ended: float) -> l
     """The phases of rank 0 one after the other; the time before its first word belongs to the start."""
     if not phases:
         return []
-    named = [(started, "start", 0), *((float(p["time"]), str(p["phase"]), int(p["step"])) for p in phases)]
+    whole = [p for p in phases if "part" not in p]
+    named = [(started, "start", 0), *((float(p["time"]), str(p["phase"]), int(p["step"])) for p in whole)]
     moments = [*(moment for moment, _, _ in named), ended]
     return [
         PhaseSpan(name, step, since, max(since, until))
@@ -165,6 +168,15 @@ def _durations(phases: list[dict[str, Any]], started: float, ended: float) -> di
     found: dict[str, float] = {}
     for span in phase_spans(phases, started, ended):
         found[span.phase] = found.get(span.phase, 0.0) + span.ended - span.started
+    return found
+
+
+def _parts(phases: list[dict[str, Any]]) -> dict[str, float]:
+    """How long each part took that has come to its end."""
+    found: dict[str, float] = {}
+    for line, following in pairwise(phases):
+        if part := line.get("part"):
+            found[part] = found.get(part, 0.0) + float(following["time"]) - float(line["time"])
     return found
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,18 +83,17 @@ class Records:
         record = Launch(
             0, kind, cluster, str(folder), submitted=time.time(), host=socket.gethostname(), user=getpass.getuser()
         )
-        while True:
-            # by name: the number of a file that an interrupted launch has left empty is taken too
-            number = max((int(path.stem) for path in self._launches.glob("[0-9]*.json")), default=0) + 1
-            numbered = replace(record, number=number)
-            try:
-                self._launches.mkdir(exist_ok=True)
-                create_json(self._path(number), asdict(numbered))
-            except FileExistsError:
-                continue  # somebody else took the number
-            except OSError as error:
-                raise UserError(f"{self._launches}: the launch cannot be recorded: {error.strerror}") from None
-            return numbered
+        try:
+            self._launches.mkdir(exist_ok=True)
+            while True:
+                # by name: the number of a file that an interrupted launch has left empty is taken too
+                number = max((int(path.stem) for path in self._launches.glob("[0-9]*.json")), default=0) + 1
+                numbered = replace(record, number=number)
+                with suppress(FileExistsError):  # somebody else took the number
+                    create_json(self._path(number), asdict(numbered))
+                    return numbered
+        except OSError as error:
+            raise UserError(f"{self._launches}: the launch cannot be recorded: {error.strerror}") from None
 
     def write_launch(self, launch: Launch) -> Launch:
         """Replaces what is known of a submission."""

@@ -71,7 +71,7 @@ def submit(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = True, 
     script = run_script(run, cluster, launch.number)
     try:
         job = SupervisedExecutor(script).submit(run_rank, str(run.path), entry)
-    except UserError:
+    except (UserError, OSError):
         records.drop_launch(launch)
         raise
     records.write_launch(replace(launch, job_id=job.job_id, code=code))
@@ -101,7 +101,7 @@ def submit_array(
     try:
         with executor.batch():
             submitted = [executor.submit(run_rank, str(run.path), entry) for run in runs]
-    except UserError:
+    except (UserError, OSError):
         for run, launch in zip(runs, launches, strict=True):
             Records(run).drop_launch(launch)
         raise

@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
@@ -70,6 +73,24 @@ def to_resume_from(run: RunDirectory, every_steps: int | None, *, aside: bool = 
     if logged:
         log.warning("%s: ended before its first save; the %d steps in its metrics are trained again", run.path, logged)
     return None
+
+
+def begin_search(run: RunDirectory, every_steps: int | None) -> Callable[[], Checkpoint | None]:
+    """`to_resume_from`, with `aside`, in a thread, which what is returned waits for.
+
+    Reading and hashing a checkpoint takes about as long as building its networks, and needs none of them.
+    """
+    found: Future[Checkpoint | None] = Future()
+
+    def search() -> None:
+        try:
+            found.set_result(to_resume_from(run, every_steps, aside=True))
+        except BaseException as error:
+            found.set_exception(error)
+
+    # daemon: a start that ends in an error does not wait for it
+    threading.Thread(target=search, name="checkpoint search", daemon=True).start()
+    return found.result
 
 
 def _last_logged(run: RunDirectory) -> int:

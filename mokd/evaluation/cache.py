@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from data_pipeline.sampling.order import Int64Array
 from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
 from mokd.evaluation.features import first_bad
-from mokd.runs.files import file_checksum, read_json, replace_json, sync_file
+from mokd.runs.files import beside_of, file_checksum, read_json, replace_json, sync_file
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +94,7 @@ class CacheWriter:
 
     def __init__(self, directory: Path, first_row: int, ranks: Ranks) -> None:
         self._directory, self._ranks = directory, ranks
-        owner = broadcast_from_main(f"{socket.gethostname()}.{os.getpid()}")
-        self._beside = directory.with_name(f".{directory.name}.{owner}.partial")
+        self._beside = broadcast_from_main(beside_of(directory))
         self._beside.mkdir(parents=True, exist_ok=True)
         self._pending = _Pending(first_row, [])
         self._files: dict[str, dict[str, Any]] = {}

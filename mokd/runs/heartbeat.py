@@ -12,6 +12,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from mokd.runs.files import read_json, replace_json
@@ -25,9 +27,14 @@ EVERY_SECONDS = 1.0
 
 
 class Heartbeat:
-    """The heartbeat of one rank in one attempt, from here to `close`; phases of the first rank go on record."""
+    """The heartbeat of one rank in one attempt, from here to `close`; phases of the first rank go on record, and of its
+    start the parts.
+    """
 
-    def __init__(self, run: RunDirectory, attempt: int, rank: int) -> None:
+    def __init__(
+        self, run: RunDirectory, attempt: int, rank: int, parts_before: Mapping[str, float] | None = None
+    ) -> None:
+        """parts_before: parts of the start that came before the attempt was known, in order, with their beginnings."""
         self._run, self._attempt, self._rank = run, attempt, rank
         self._file = run.heartbeats / f"rank-{rank}.json"
         self._phases = run.phases_file(attempt)
@@ -36,6 +43,8 @@ class Heartbeat:
         self._closed = threading.Event()
         for folder in (self._file.parent, self._phases.parent):
             folder.mkdir(parents=True, exist_ok=True)
+        for part, began in (parts_before or {}).items():
+            self._record({"time": began, "phase": "start", "part": part, "step": 0})
         self.phase("start", int(run.read_status().get("step", 0)))
         self._write()
         self._thread = threading.Thread(target=self._go_on, name="heartbeat", daemon=True)
@@ -48,12 +57,22 @@ class Heartbeat:
         since = now if changed else state["since"]
         # one assignment: the thread sees the state before or the one after
         self._state = {"phase": phase, "since": since, "step": step, "beat": state["beat"] + 1, "progressed": now}
-        if changed and self._rank == 0:
-            try:
-                with open(self._phases, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"time": now, "phase": phase, "step": step}) + "\n")
-            except OSError as error:
-                log.warning("%s: cannot be written (%s); training goes on", self._phases, error.strerror)
+        if changed:
+            self._record({"time": now, "phase": phase, "step": step})
+
+    def part(self, part: str) -> None:
+        """The main thread begins this part of its phase, which goes on record."""
+        self.beat()
+        self._record({"time": time.time(), "phase": self.current, "part": part, "step": self._state["step"]})
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self._rank != 0:
+            return
+        try:
+            with open(self._phases, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); training goes on", self._phases, error.strerror)
 
     @property
     def current(self) -> Phase:
@@ -89,6 +108,17 @@ class Heartbeat:
 
 def _host() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def process_began() -> float:
+    """When this process was started, in seconds since the epoch; now, where the kernel does not say."""
+    now = time.time()
+    try:
+        # the name in parentheses may hold anything, spaces included
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError):
+        return now
 
 
 def read_heartbeats(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ class RunDirectory:
         return self.path / "heartbeat"
 
     def phases_file(self, attempt: int) -> Path:
-        """When an attempt began which phase: lines of JSON with `time`, `phase`, `step`."""
+        """When an attempt began which phase: lines of JSON with `time`, `phase`, `step`, and `part` of one."""
         return self._attempts / f"{attempt:04d}" / "phases.jsonl"
 
     @property

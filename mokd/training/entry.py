@@ -5,32 +5,36 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from data_pipeline.core.imports import resting_collector
 
-from data_pipeline.core.errors import UserError
-from mokd.distributed.accelerators import pick_device, promised_gpus
-from mokd.distributed.local_ranks import leave_at_once
-from mokd.distributed.process_group import (
-    Ranks,
-    abandon,
-    broadcast_from_main,
-    join,
-    leave,
-    ranks_from_environment,
-    use_own_cores,
-)
-from mokd.distributed.stopping import StopRequest
-from mokd.runs import environment
-from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
-from mokd.runs.files import replace_json
-from mokd.runs.heartbeat import Heartbeat
-from mokd.runs.run_directory import RunDirectory, StaleAttemptError, State
-from mokd.training.feasibility import check_shard_groups, images_per_rank
-from mokd.training.trainer import Outcome, Trainer
+with resting_collector():
+    import torch.distributed as dist
+
+    from data_pipeline.core.errors import UserError
+    from mokd.distributed.accelerators import pick_device, promised_gpus
+    from mokd.distributed.local_ranks import leave_at_once
+    from mokd.distributed.process_group import (
+        Ranks,
+        abandon,
+        broadcast_from_main,
+        join,
+        leave,
+        ranks_from_environment,
+        use_own_cores,
+    )
+    from mokd.distributed.stopping import StopRequest
+    from mokd.runs import environment
+    from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
+    from mokd.runs.files import replace_json
+    from mokd.runs.heartbeat import Heartbeat, process_began
+    from mokd.runs.run_directory import RunDirectory, StaleAttemptError, State
+    from mokd.training.feasibility import check_shard_groups, images_per_rank
+    from mokd.training.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     if stop is None:
         stop = StopRequest()
         stop.install()
+    imported = time.time()
     ranks = ranks_from_environment()
     directory_ = RunDirectory.open(directory)
     config = directory_.config()
@@ -54,7 +59,7 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
     join(ranks, device, config.parallel.startup_timeout_seconds)
     use_own_cores(config.parallel.threads_per_rank)
     attempt = _claim(directory_, ranks)
-    heartbeat = Heartbeat(directory_, attempt, ranks.rank)
+    heartbeat = Heartbeat(directory_, attempt, ranks.rank, {"imports": process_began(), "process group": imported})
     try:
         _mark(directory_, ranks, attempt, "starting")
         outcome = Trainer(directory_, config, ranks, device, stop, attempt, heartbeat).fit()

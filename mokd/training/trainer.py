@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +14,7 @@ from data_pipeline.loaders.batch import ViewBatch
 from data_pipeline.loaders.build import build_loader
 from mokd.checkpointing import changes, choose, state
 from mokd.checkpointing.async_writer import AsyncCheckpointer
+from mokd.checkpointing.reading import Checkpoint
 from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main, decided_by_main, set_timeout
 from mokd.distributed.stopping import StopRequest
@@ -54,6 +55,7 @@ class Trainer:
         self.run, self.config, self.ranks, self.device, self.stop = run, config, ranks, device, stop
         self.attempt = attempt
         set_arithmetic(config.precision)
+        heartbeat.part("loader")
         self.loader = build_loader(
             config.data,
             config.views,
@@ -66,6 +68,9 @@ class Trainer:
         )
         self.epoch_steps = self.loader.steps_per_epoch
         self.total_steps = config.total_steps(self.epoch_steps)
+        # one rank looks and verifies, while all build
+        search = choose.begin_search(run, self._save_interval()) if ranks.is_main else None
+        heartbeat.part("networks")
         self.objective = build_objective(config, device)
         images = images_per_rank(config, ranks.world_size)
         self.branches = [
@@ -74,19 +79,22 @@ class Trainer:
         ]
         self.training_step = TrainingStep(config, self.branches, self.objective, stop, ranks, device, self.epoch_steps)
         self.identity = state.identity(config, decided_by_main(lambda: data_identity(config)))
-        self.step = self._resume()
+        self.step = self._resume(search)
+        heartbeat.part("metrics")
         self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step, stop, heartbeat)
         self.checkpointer = AsyncCheckpointer(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
 
-    def _resume(self) -> int:
+    def _resume(self, search: Callable[[], Checkpoint | None] | None) -> int:
         """Restores the newest whole checkpoint, if any, and returns the number of steps that are done."""
-        # one rank looks and verifies: the others take the same one, and read only what they need
-        found = decided_by_main(lambda: choose.to_resume_from(self.run, self._save_interval(), aside=True))
+        self.heartbeat.part("checkpoint")
+        # the other ranks take the one that it has found, and read only what they need
+        found = decided_by_main(lambda: search() if search else None)
         if found is None:
             return 0
         state.check_identity(found, self.identity)
         if self.ranks.is_main:
             changes.record(self.run, self.attempt, found, state.changeable(self.config))
+        self.heartbeat.part("restore")
         state.restore(found, self.branches, self.objective)
         return found.step
 
@@ -95,6 +103,7 @@ class Trainer:
         with closing(self.loader), closing(self.report), closing(self.checkpointer):
             # what a stop has broken off is done now, ahead of further steps
             stopping = not self._evaluate() or self.step >= self.total_steps
+            self.heartbeat.part("first batch")
             while not stopping:
                 epoch, start = divmod(self.step, self.epoch_steps)
                 with closing(self._batches(epoch, start)) as batches:
@@ -132,8 +141,10 @@ class Trainer:
 
     def _train_step(self, batch: ViewBatch, epoch: int) -> bool:
         """One step of every branch; returns whether all ranks agree to stop after it."""
-        if self.heartbeat.current == "start" and self.config.execution.compile:
-            self.heartbeat.phase("compile", self.step)
+        if self.heartbeat.current == "start":
+            if self.config.execution.compile:
+                self.heartbeat.phase("compile", self.step)
+            self.heartbeat.part("first step")
         try:
             done = self.training_step.run(self.step, batch.views, epoch)
         except NonFiniteLossError as error:

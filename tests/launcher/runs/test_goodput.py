@@ -7,6 +7,7 @@ from launcher.runs.goodput import goodput
 from launcher.runs.records import Ending, Records
 from mokd.runs.metrics import MetricsWriter
 from mokd.runs.run_directory import RunDirectory
+from tests.support import tiny_config
 
 
 def log(run: RunDirectory, attempt: int, resumed: int, steps: range, **more: float) -> None:
@@ -54,6 +55,26 @@ def test_where_the_time_went(run: RunDirectory) -> None:
         found.line()
         == "20% of 1m50s allocated was training; 3 steps trained twice; 1 restart: queued 30s, steps again 5s"
     )
+
+
+def test_the_parts_of_a_start_and_what_came_before_the_attempts_number(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", tiny_config())
+    run.claim_attempt({"time": 1010.0})
+    lines = [
+        {"time": 1000.0, "phase": "start", "part": "imports", "step": 0},
+        {"time": 1008.0, "phase": "start", "part": "process group", "step": 0},
+        {"time": 1012.0, "phase": "start", "step": 0},
+        {"time": 1013.0, "phase": "start", "part": "first step", "step": 0},
+        {"time": 1015.0, "phase": "step", "step": 1},
+    ]
+    file = run.phases_file(1)
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.write_status("running", 1, step=1)
+    (found,) = goodput(run, now=1020.0).attempts
+    assert found.parts == {"imports": 8.0, "process group": 4.0, "first step": 2.0}
+    # the attempt itself began at 1010
+    assert found.phases == {"start": 5.0, "step": 5.0}
 
 
 def test_a_finished_attempt_without_a_supervisor_ends_with_its_mark(run: RunDirectory) -> None:

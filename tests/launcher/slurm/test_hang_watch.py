@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.config import ClusterConfig
+from launcher.runs.goodput import goodput
 from launcher.slurm.hang_watch import HangWatch
 from launcher.slurm.status import read_status
 from mokd.distributed.local_ranks import train_locally
@@ -100,10 +101,13 @@ def test_the_trainer_says_what_it_does(beton: Path, tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", config)
     assert train_locally(run.path, 2) == EXIT_DONE
     lines = [json.loads(line) for line in run.phases_file(1).read_text().splitlines()]
-    phases = [(line["phase"], line["step"]) for line in lines]
+    phases = [(line["phase"], line["step"]) for line in lines if "part" not in line]
     step = [("step", 1), ("save", 2), ("step", 2), ("save", 3), ("step", 3), ("evaluate", 3), ("step", 3)]
     end = [("save", 3), ("evaluate", 3), ("done", 3)]
     assert phases == [("start", 0), ("evaluate", 0), ("start", 0), *step, *end]
+    before = ["imports", "process group", "loader", "networks", "checkpoint", "metrics"]
+    assert [line["part"] for line in lines if "part" in line] == [*before, "first batch", "first step"]
+    assert goodput(run).attempts[0].parts.keys() == {*before, "first batch", "first step"}
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     found = read_heartbeats(run, 1)
     assert [(r["rank"], r["phase"], r["step"]) for r in found] == [(0, "done", 3), (1, "done", 3)]

@@ -186,3 +186,16 @@ def test_it_is_no_mistake_of_the_user(run: RunDirectory) -> None:
     (folder / "objective.safetensors").symlink_to("objective.safetensors")  # opening it is an error, not an absence
     with pytest.raises(CheckpointUnreadableError, match="again and again"):
         read_checkpoint(folder, pauses=())
+
+
+def test_a_search_beside_the_start_answers_as_one_that_is_waited_for(run: RunDirectory) -> None:
+    assert choose.begin_search(run, 5)() is None
+    save(run, 1, 2)
+    flip(storage.step_directory(run, 2) / "branch-a.safetensors")
+    found = choose.begin_search(run, 5)()
+    assert found is not None
+    assert found.step == 1
+    assert list(run.checkpoints.glob("damaged-step-2--*"))
+    flip(storage.step_directory(run, 1) / "branch-a.safetensors")
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        choose.begin_search(run, 5)()
