@@ -15,9 +15,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
@@ -34,6 +36,9 @@ from mokd.runs.exit_codes import EXIT_DONE, EXIT_GAVE_UP, EXIT_USER
 from mokd.runs.run_directory import RunDirectory
 
 REQUEUE_PATIENCE_SECONDS = 3600.0
+# pauses before a run directory that takes no files (full disk, quota, file server away) is asked again at the start
+PAUSES_SECONDS = (1.0, 4.0, 15.0, 40.0, 60.0)
+T = TypeVar("T")
 _LISTENED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -68,17 +73,17 @@ class Supervisor:
         if self._superseded():
             _say("a newer launch of this run has taken over")
             return EXIT_DONE
-        self._account_for_the_lost()
+        _patiently(self._account_for_the_lost)
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-        facts = {
+        facts: dict[str, Any] = {
             "launch": self.number,
             "job_id": self.job_id,
             "nodes": nodes,
             "restart": _restart_count(),
             "step": checkpoint_step(self.run),
         }
-        self.attempt = self.run.claim_attempt(facts)
-        self.run.write_status("starting", self.attempt, step=checkpoint_step(self.run), nodes=nodes)
+        self.attempt = _patiently(lambda: self.run.claim_attempt(facts))
+        _patiently(lambda: self.run.write_status("starting", self.attempt, step=facts["step"], nodes=nodes))
         if self.signals:
             return self._conclude(Facts(0, signals=self.signals, seconds_left=self._seconds_left()))
         self._clear_submitit_leftovers(command)
@@ -102,15 +107,18 @@ class Supervisor:
     def _conclude(self, facts: Facts) -> int:
         history, step = self.records.endings(), checkpoint_step(self.run)
         decision = decide(facts, history, step, self.cluster)
-        print(f"supervisor: attempt {self.attempt}: {decision.verdict}: {decision.reason}", file=sys.stderr, flush=True)
+        _say(f"attempt {self.attempt}: {decision.verdict}: {decision.reason}")
         if decision.verdict == "superseded":
             return EXIT_DONE
         ending = self._ending(decision, step)
-        self.records.write_ending(ending)
+        # an end that cannot be recorded is followed all the same; the next attempt accounts for it
+        with _said_only("how the attempt ended"):
+            self.records.write_ending(ending)
         if decision.verdict == "requeued":
             return self._requeue([*history, ending])
         if decision.verdict == "failed":
-            self.run.write_status("failed", self.attempt, reason=decision.reason, step=step)
+            with _said_only("that the run has failed"):
+                self.run.write_status("failed", self.attempt, reason=decision.reason, step=step)
             return EXIT_USER if decision.kind == "user error" else EXIT_GAVE_UP
         return EXIT_DONE
 
@@ -230,8 +238,28 @@ class Supervisor:
             path.unlink(missing_ok=True)
 
 
-def _say(text: str) -> None:
-    print(f"supervisor: {text}", file=sys.stderr, flush=True)
+def _patiently(act: Callable[[], T]) -> T:
+    """What `act` returns, asked again with pauses while the file system refuses; then its OSError."""
+    for pause in PAUSES_SECONDS:
+        try:
+            return act()
+        except OSError as error:
+            _say(f"{error}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+    return act()
+
+
+@contextmanager
+def _said_only(what: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        _say(f"cannot record {what}: {error}")
+
+
+def _say(text: str, who: str = "supervisor") -> None:
+    with suppress(OSError):  # the log lies in the run directory, whose disk may be full
+        print(f"{who}: {text}", file=sys.stderr, flush=True)
 
 
 def job_id() -> str:
@@ -253,15 +281,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--runs", type=Path, help="a file with one run directory per task of a job array")
     parser.add_argument("run", type=Path, nargs="?")
     given = parser.parse_args(own)
+    path = given.run or _run_of_task(given.runs)
     try:
-        path = given.run or _run_of_task(given.runs)
         require_private(path)
         supervisor = Supervisor(RunDirectory.open(path), given.launch)
         supervisor.listen()
         return supervisor.supervise(command)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(str(error), "error")
         return EXIT_USER
+    except OSError as error:
+        # the next start would most likely meet the same, and nothing could count how often
+        _say(f"{error}; not requeued: once files can be written there, mokd resume {path}", "error")
+        return EXIT_GAVE_UP
 
 
 def _run_of_task(runs: Path) -> Path:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.core import schema
 from data_pipeline.core.schema import NonNegativeInt, StrictModel
 from mokd.config.branches import BranchConfig
-from mokd.config.evaluation import EvaluationConfig, TransferConfig
+from mokd.config.evaluation import EvaluationConfig
 from mokd.config.execution import (
     CheckpointConfig,
     ExecutionConfig,
@@ -71,26 +71,27 @@ class RunConfig(StrictModel):
         return min(steps, self.optim.max_steps or steps)
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The configuration with its paths as this working directory means them; a later call may come from another."""
-    evaluation, transfer = config.evaluation, config.evaluation.transfer
-    branches = [
-        branch.model_copy(update={"init": branch.init.absolute()}) if branch.init else branch
-        for branch in config.branches
-    ]
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"train": config.data.train.absolute()}),
-            "evaluation": evaluation.model_copy(
-                update={**_absolute(evaluation), "transfer": transfer.model_copy(update=_absolute(transfer))}
-            ),
-            "branches": tuple(branches),
-        }
-    )
+def with_absolute_paths(config: RunConfig, before: RunConfig | None = None) -> RunConfig:
+    """The configuration with its paths as this working directory means them; a later call may come from another.
+
+    before: the same run's, absolute: a path that it ends in means what it meant then, wherever this call comes from.
+    """
+    changed: RunConfig = _absolute(config, before)
+    return changed
 
 
-def _absolute(section: EvaluationConfig | TransferConfig) -> dict[str, Path]:
-    return {key: value.absolute() for key in ("train", "test") if (value := getattr(section, key)) is not None}
+def _absolute(value: Any, before: Any) -> Any:
+    if isinstance(value, Path):
+        if isinstance(before, Path) and not value.is_absolute() and before.parts[-len(value.parts) :] == value.parts:
+            return before
+        return value.absolute()
+    if isinstance(value, BaseModel):
+        found = {key: _absolute(part, getattr(before, key, None)) for key, part in value if part is not None}
+        return value.model_copy(update={key: part for key, part in found.items() if part is not getattr(value, key)})
+    if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
+        befores = before if isinstance(before, tuple) and len(before) == len(value) else (None,) * len(value)
+        return tuple(_absolute(part, earlier) for part, earlier in zip(value, befores, strict=True))
+    return value
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -23,8 +23,9 @@ def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int, res
     restart: begin at step 0; what the run has written so far is moved aside. UserError when the run exists and neither
     was asked for, or when it cannot work.
     """
-    path, config = root / config.name, with_absolute_paths(config)
+    path = root / config.name
     exists = (path / "config.yaml").is_file()
+    config = with_absolute_paths(config, RunDirectory.open(path).config() if exists and resume else None)
     if exists and not (resume or restart):
         raise UserError(f"{path}: this run exists already; continue it with --resume, or set another name=...")
     check(config, world_size)

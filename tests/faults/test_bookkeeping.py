@@ -11,10 +11,12 @@ import pytest
 
 from data_pipeline.core.errors import UserError
 from launcher.runs.records import Records
+from launcher.slurm import client
 from launcher.slurm.status import read_status
 from launcher.slurm.submit import cancel, submit
 from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
+from tests.disks import fill, small_file_system
 from tests.slurm.harness import (
     PAYLOAD,
     Record,
@@ -71,6 +73,24 @@ def test_cancelled_without_accounting(
     for job in (job_of(run), job_of(waiting)):
         wait_for("SLURM to forget", lambda job=job: "Invalid" in cluster.ask("scontrol", "show", "job", job), 60.0)
     assert read_status(run).state == read_status(waiting).state == "cancelled"
+
+
+@pytest.mark.fault(33)
+@pytest.mark.timeout(300)
+def test_run_directory_full_at_a_start(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
+    with small_file_system(tmp_path / "small", "size=64m") as disk:
+        run = train(config(beton, "full"), disk, nodes=1, sbatch={"begin": "now+1hour"})
+        job = job_of(run)
+        (filler,) = fill(disk, "room", 0)
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait_for("the start", lambda: (found := client.find_job(job)) is not None and found.state == "RUNNING")
+        time.sleep(5.0)
+        assert not Records(run).attempt_facts(1), "the attempt was recorded on a full disk"
+        filler.unlink()
+        freed = time.time()
+        finished(run)
+        assert client.find_job(job).restarts == 0  # type: ignore[union-attr]
+        record_property("begun_seconds_after", round(Records(run).attempt_facts(1)["time"] - freed, 1))
 
 
 @pytest.mark.timeout(200)

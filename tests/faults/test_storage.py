@@ -15,6 +15,7 @@ from launcher.runs.records import checkpoint_step
 from mokd.checkpointing.crash_points import VARIABLE
 from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.run_directory import RunDirectory
+from tests.disks import small_file_system
 from tests.slurm.harness import ROOT, Record, config, logged_steps, weights
 
 STEPS, EVERY = 16, 2
@@ -111,13 +112,8 @@ def test_damaged_newest_checkpoint(
 def small_disk(tmp_path: Path, whole: RunDirectory) -> Iterator[Path]:
     """A file system that holds one checkpoint and a half."""
     size = sum(path.stat().st_size for path in (whole.checkpoints / f"step-{STEPS}").iterdir())
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("no permission to mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_file_system(tmp_path / "small", f"size={size * 3 // 2}") as folder:
+        yield folder
 
 
 @pytest.mark.fault(15)

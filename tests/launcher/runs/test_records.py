@@ -1,5 +1,3 @@
-import os
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +7,7 @@ import pytest
 from data_pipeline.core.errors import UserError
 from launcher.runs.records import Records
 from mokd.runs.run_directory import RunDirectory
+from tests.disks import fill, small_file_system
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -16,25 +15,8 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with few inodes and little room."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=16,mode=700", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("no permission to mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(folder: Path, what: str, left: int) -> list[Path]:
-    """Uses the file system up but for so many inodes or pages; returns the files that do so."""
-    room = os.statvfs(folder)
-    if what == "inodes":
-        files = [folder / f"filler-{index}" for index in range(room.f_ffree - left)]
-        for file in files:
-            file.touch()
-        return files
-    (folder / "filler").write_bytes(bytes(max(0, room.f_bavail - left) * room.f_bsize))
-    return [folder / "filler"]
+    with small_file_system(tmp_path / "small", "size=64k,nr_inodes=16") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("what", ["inodes", "room"])

@@ -23,3 +23,9 @@ def test_paths_are_stored_as_the_first_call_means_them(
     assert config.data.train == beton
     assert (config.evaluation.train, config.evaluation.test) == (beton, test)
     assert (config.evaluation.transfer.train, config.evaluation.transfer.test) == (beton, test)
+    # the same words mean the same files there, and other words what they mean from there
+    again = prepare(tiny_config(Path("train.beton"), **names, **transfer), tmp_path, resume=True, world_size=1)
+    assert again.config() == config
+    (tmp_path / "elsewhere.beton").symlink_to(test)
+    moved = tiny_config(Path("train.beton"), **names | {"evaluation__test": "elsewhere.beton"}, **transfer)
+    assert prepare(moved, tmp_path, resume=True, world_size=1).config().evaluation.test == tmp_path / "elsewhere.beton"

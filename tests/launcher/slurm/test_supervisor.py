@@ -1,0 +1,35 @@
+"""What the supervisor does where its run directory takes no files; with SLURM: tests/faults."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.runs.records import Records
+from launcher.slurm import supervisor
+from mokd.runs.exit_codes import EXIT_GAVE_UP
+from mokd.runs.run_directory import RunDirectory
+from tests.disks import fill, small_file_system
+from tests.support import tiny_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunDirectory]:
+    with small_file_system(tmp_path / "small", "size=1m") as disk:
+        made = RunDirectory.create(disk / "run", tiny_config(tmp_path / "train.beton"))
+        Records(made).new_launch("slurm", {"nodes": 1}, made.jobs)
+        yield made
+
+
+def test_a_disk_that_stays_full_is_said_in_one_line(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervisor, "PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(supervisor.Supervisor, "listen", lambda self: None)  # handlers that would outlive the test
+    fill(run.path.parent, "room", 0)
+    assert supervisor.main(["--launch", "1", str(run.path), "--", "true"]) == EXIT_GAVE_UP
+    lines = capfd.readouterr().err.splitlines()
+    assert len([line for line in lines if "No space left on device" in line and "trying again" in line]) == 2
+    assert lines[-1].startswith("error: ")
+    assert lines[-1].endswith(f"not requeued: once files can be written there, mokd resume {run.path}")
+    assert run.current_attempt() == 0
