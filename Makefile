@@ -8,12 +8,13 @@ NODES  ?= 1
 NPROC  ?= 2
 ARGS   ?=
 
-.PHONY: help setup demo demo-data test lint format bench gpu-check launch train eval convert slurm-up slurm-down faults clean
+.PHONY: help setup demo demo-data test lint format wheel bench gpu-check launch train eval convert slurm-up slurm-down faults clean
 
 help:
 	@echo 'make demo                                   install, then train a small pair end to end (DATA=folder for your images)'
 	@echo 'make test                                   lint, then all tests'
 	@echo 'make format                                 ruff: format, and fix what it can'
+	@echo 'make wheel                                  dist/mokd-*.whl, which installs without a compiler'
 	@echo 'make convert SRC=imagenet/train OUT=train.beton'
 	@echo 'make train   CONFIG=demo.yaml NPROC=2       train on this machine'
 	@echo 'make launch  CONFIG=vit_s_resnet50.yaml NODES=4'
@@ -30,10 +31,10 @@ $(STAMP): pyproject.toml constraints.txt setup.py tools/setup $(wildcard data_pi
 	@touch $@
 
 demo: setup
-	@tools/demo '$(MOKD)' '$(DATA)' '$(NPROC)'
+	@$(MOKD) demo $(if $(DATA),--data '$(DATA)') --nproc '$(NPROC)' $(ARGS)
 
 demo-data: setup
-	@tools/demo_data '$(MOKD)' '' > /dev/null
+	@$(MOKD) demo --data-only
 
 test: lint
 	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
@@ -46,6 +47,9 @@ lint: setup
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+wheel: setup
+	@tools/wheel '$(VENV)'
 
 bench: setup
 	$(MOKD) bench data $(ARGS)

@@ -7,7 +7,7 @@ torchvision loader only; without the other the loss on CPUs is slower.
 
 from glob import glob
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 FLAGS = [
     "-std=c++17",
@@ -19,6 +19,11 @@ FLAGS = [
 ]
 
 setup(
+    # the configurations lie beside the packages, and inside of one where they are installed
+    packages=[*find_packages(include=["launcher*", "mokd*", "data_pipeline*"]), "launcher.configs"],
+    package_dir={"launcher.configs": "configs"},
+    package_data={"launcher.configs": ["*.yaml"]},
+    include_package_data=False,  # the native sources are for building
     ext_modules=[
         Extension(
             "data_pipeline._native",
@@ -37,5 +42,5 @@ setup(
             extra_compile_args=[*FLAGS, "-fopenmp"],
             optional=True,
         ),
-    ]
+    ],
 )

@@ -19,7 +19,7 @@ ROOMS = {
         *("config", "runs", "distributed", "losses.kernels", "losses", "models", "optim", "objectives"),
         *("parallel", "checkpointing", "evaluation", "training", "comparison", "export"),
     ),
-    "launcher": ("config", "runs", "slurm", "preflight", "doctor", "report", "cli"),
+    "launcher": ("config", "runs", "slurm", "preflight", "doctor", "report", "first_steps", "cli"),
 }
 OUTSIDE = ("tests", "benchmarks")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,22 @@ from data_pipeline.loaders.evaluation import EvalLoader, EvalPlan
 from data_pipeline.sampling.order import Int64Array, RankSampler, contiguous_part, subset
 
 Backend = Literal["ffcv", "torchvision"]
+
+
+@cache
+def usable_backend(backend: Backend) -> Backend:
+    """`backend`, or torchvision with one warning where FFCV is not installed: the same views, drawn more slowly.
+
+    An FFCV that is installed and does not work is an error when it is used, not a reason to be slow.
+    """
+    if backend == "ffcv" and find_spec("ffcv") is None:
+        warnings.warn(
+            "data.backend: FFCV is not installed, the torchvision loader takes over, which is several times slower; "
+            "pip install 'mokd[ffcv]', or set data.backend=torchvision",
+            stacklevel=2,
+        )
+        return "torchvision"
+    return backend
 
 
 def build_loader(
@@ -39,13 +57,14 @@ def build_loader(
     """
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} of {world_size}: ranks count from 0")
-    check_path(data.train, data.backend)
+    backend = usable_backend(data.backend)
+    check_path(data.train, backend)
     warn_workers(data.workers)
     samples = open_samples(data.train)
     kept = subset(samples.size, data.limit) if ids is None else ids
     sampler = RankSampler(kept, seed, rank, world_size, global_batch, data.order)
     # the backends are imported here: the reference one works without FFCV and the native library
-    if data.backend == "torchvision":
+    if backend == "torchvision":
         from data_pipeline.loaders.torchvision import TorchvisionLoader as Loader
     else:
         from data_pipeline.loaders.ffcv import FfcvLoader as Loader  # type: ignore[assignment]
@@ -73,6 +92,7 @@ def build_eval_loader(
     """
     if crop_px > resize_px:
         raise UserError(f"evaluation: a crop of {crop_px} pixels cannot be cut from images resized to {resize_px}")
+    backend = usable_backend(backend)
     check_path(path, backend)
     warn_workers(workers)
     if backend == "torchvision":
@@ -104,5 +124,5 @@ def check_path(path: Path, backend: Backend) -> None:
 
 def count_samples(path: Path, backend: Backend) -> int:
     """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
-    check_path(path, backend)
+    check_path(path, usable_backend(backend))
     return open_samples(path).size

@@ -19,7 +19,8 @@ messages = Console(stderr=True, highlight=False, soft_wrap=True)
 def find_config(name: str) -> Path:
     """A configuration by path, or by bare name in `configs/` of the working directory or of the installation."""
     given = Path(name)
-    homes = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
+    installed = Path(__file__).resolve().parents[1]  # a wheel carries them in the package, a checkout beside it
+    homes = (Path("configs"), installed.parent / "configs", installed / "configs")
     for candidate in (given, *(home / given for home in homes), *(home / f"{name}.yaml" for home in homes)):
         if candidate.is_file():
             return candidate

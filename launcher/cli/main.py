@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
 from data_pipeline.core.errors import DataError, UserError
-from launcher.cli import bench, compare, data, doctor, evaluate, export, jobs, report, site, train
+from launcher.cli import bench, compare, data, doctor, evaluate, export, first_steps, jobs, report, site, train
 from launcher.cli.console import messages
+from mokd import __version__
 
 app = typer.Typer(
     name="mokd",
-    help="Train two different vision networks together, without labels, and evaluate what they have learned.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+first_steps.register(app)
 data.register(app)
 train.register(app)
 evaluate.register(app)
@@ -29,6 +31,31 @@ report.register(app)
 bench.register(app)
 doctor.register(app)
 site.register(app)
+
+
+USUAL_WAY = (
+    ("mokd demo", "the whole way in minutes, on images that are drawn"),
+    ("mokd convert IMAGES OUT.beton", "your images in one file"),
+    ("mokd init", "a configuration for them and for this machine"),
+    ("mokd train CONFIG", "train here; on a SLURM cluster: mokd launch CONFIG"),
+    ("mokd report RUN", "look at it"),
+    ("mokd export RUN --branch NAME", "take a network home"),
+)
+
+
+@app.callback()
+def about(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Train two different vision networks together, without labels, and evaluate what they have learned."""
+    if version:
+        print(f"mokd {__version__}")
+    elif context.invoked_subcommand is None:
+        print("The usual way:\n")
+        for command, what in USUAL_WAY:
+            print(f"  {command:32} {what}")
+        print("\nAll commands: mokd --help")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -57,13 +57,14 @@ def train(
     resolved = load_run_config(find_config(config), overrides or [], solo)
     run, status = start(resolved, root, resume=resume, restart=restart, nproc=nproc)
     if status == 0:
-        _show_progress(run.path, resolved)
+        show_progress(run.path, resolved)
+        print(f"evaluate     mokd eval {run.path} --task knn\nlook         mokd report {run.path}")
     elif status == EXIT_STOPPED:
         messages.print("stopped at a step boundary; the same command with --resume continues there")
     raise typer.Exit(status)
 
 
-def _show_progress(path: Path, config: RunConfig) -> None:
+def show_progress(path: Path, config: RunConfig) -> None:
     """How far each branch has come since step 0, the speed, and where to look."""
     from statistics import median
 
@@ -83,4 +84,3 @@ def _show_progress(path: Path, config: RunConfig) -> None:
     print_table(f"{path}: {records[-1]['step'] if records else 0} steps", columns, rows)
     print(f"curves       {run.metrics_file}\n             tensorboard --logdir {run.tensorboard}")
     print(f"checkpoint   {run.checkpoints}")
-    print(f"evaluate     mokd eval {path} --task knn")

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.beton.samples import Samples, open_samples
 from data_pipeline.core.errors import UserError
-from data_pipeline.loaders.build import Backend, check_path
+from data_pipeline.loaders.build import Backend, check_path, usable_backend
 from data_pipeline.sampling.order import Int64Array, contiguous_part, subset
 from mokd.config.evaluation import EvaluationConfig
 
@@ -54,7 +54,7 @@ def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | No
     """
     if path is None:
         raise UserError(f"{key}: not set; give --{key.rsplit('.')[-1]} BETON")
-    backend = "torchvision" if path.is_dir() else backend
+    backend = "torchvision" if path.is_dir() else usable_backend(backend)
     check_path(path, backend)
     samples = open_samples(path)
     ids = subset(samples.size, limit)

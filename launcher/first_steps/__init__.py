@@ -1,0 +1,1 @@
+"""A person's first minutes: the demo, and a first configuration."""

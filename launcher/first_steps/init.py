@@ -1,0 +1,126 @@
+"""A first configuration for a person's images, begun from one of ours: data, batch and workers that fit."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.beton.samples import open_samples
+from data_pipeline.core import schema
+from data_pipeline.core.errors import UserError
+from launcher.first_steps.demo import NEIGHBOURS
+from mokd.config import RunConfig
+
+# pairs by name: the configuration that each begins with, and when it is the one to take
+PAIRS = {
+    "resnet50,vit_small": ("vit_s_resnet50.yaml", "the paper's first pair; GPUs"),
+    "resnet50,vit_base": ("vit_b_resnet50.yaml", "the paper's largest; GPUs with much memory"),
+    "resnet18,resnet50": ("resnet18_resnet50.yaml", "two ResNets; GPUs"),
+    "vit_tiny,vit_small": ("vit_s_vit_tiny.yaml", "two transformers; GPUs"),
+    "resnet18,vit_tiny": ("cifar10_resnet18_vit_tiny.yaml", "images of 32 to 64 pixels; one GPU"),
+    "resnet10,vit_nano": ("cifar10_cpu.yaml", "images of 32 to 64 pixels; CPU cores"),
+}
+SMALL_PX = 64
+LOOKED_AT = 50
+# prototypes per image in the paper: 65,536 for 1.28 million; with fewer images a prototype would see too few
+IMAGES_PER_PROTOTYPE = 20
+FEWEST_PROTOTYPES = 256
+ABOUT = {
+    "data": "the images, as `mokd convert` wrote them; workers: decoding threads of each rank",
+    "objective": "prototypes: about one per {per} images",
+    "views": "what every image is cut into; look at it: mokd views {file}",
+    "branches": "weight: lambda, of what a branch learns from the other; small for the one that learns faster",
+    "optim": "global_batch: images per step over all ranks; rates are scaled by it",
+    "evaluation": "k-NN while training; without labels or test images: every_epochs: null",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it will train: GPUs, if any, and cores."""
+
+    gpus: int
+    cores: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of the images."""
+
+    size: int
+    side_px: int  # shorter side, in the middle
+    labelled: bool
+
+
+def look(train: Path) -> Found:
+    """Counts the images of a beton or folder and measures some. UserError when there are none."""
+    samples = open_samples(train)
+    some = range(0, samples.size, max(1, samples.size // LOOKED_AT))
+    return Found(
+        samples.size, round(statistics.median(min(samples.image(i).size) for i in some)), samples.num_classes > 1
+    )
+
+
+def fitting_pair(found: Found, machine: Machine) -> str:
+    """The pair to propose."""
+    if found.side_px <= SMALL_PX:
+        return "resnet18,vit_tiny" if machine.gpus else "resnet10,vit_nano"
+    return "resnet50,vit_small" if machine.gpus else "resnet10,vit_nano"
+
+
+def configuration(
+    name: str, pair: str, train: Path, test: Path | None, found: Found, machine: Machine, configs: Path, file: Path
+) -> str:
+    """The YAML text of a configuration for `pair` on these images, checked. UserError when the pair is unknown."""
+    if pair not in PAIRS:
+        raise UserError(f"pair {pair}: expected one of {'; '.join(PAIRS)}")
+    raw = schema.read_yaml(configs / PAIRS[pair][0])
+    ranks = max(1, machine.gpus)
+    raw |= {"name": name, "data": {"train": str(train), "workers": max(1, machine.cores // ranks)}}
+    raw["objective"]["prototypes"] = min(raw["objective"]["prototypes"], _prototypes(found.size))
+    raw["optim"]["global_batch"] = _batch(raw["optim"]["global_batch"], found.size, ranks)
+    raw["evaluation"] = _evaluation(raw["evaluation"], train, test, found)
+    schema.validate(RunConfig, raw, str(file))
+    head = (
+        f"# {pair.replace(',', ' + ')} on {found.size} images in {train}.\n"
+        f"#\n# Begun from {PAIRS[pair][0]}, which says more. Every key and its default: mokd config {file}\n"
+    )
+    words = {"per": math.ceil(found.size / raw["objective"]["prototypes"]), "file": file}
+    return head + "".join(_section(key, value, words) for key, value in raw.items())
+
+
+def _section(key: str, value: Any, words: dict[str, Any]) -> str:
+    about = f"# {ABOUT[key].format(**words)}\n" if key in ABOUT else ""
+    return about + yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=None, width=120)
+
+
+def _prototypes(images: int) -> int:
+    fitting = max(FEWEST_PROTOTYPES, images // IMAGES_PER_PROTOTYPE)
+    return int(2 ** math.floor(math.log2(fitting)))
+
+
+def _batch(usual: int, images: int, ranks: int) -> int:
+    """As usual, or less where there are too few images for some steps an epoch; a multiple of the ranks."""
+    batch = min(usual, int(2 ** math.floor(math.log2(max(2, images // 4)))))
+    return max(batch // ranks, 2) * ranks
+
+
+def _evaluation(usual: dict[str, Any], train: Path, test: Path | None, found: Found) -> dict[str, Any]:
+    if test is None or not found.labelled:
+        return {"every_epochs": None}
+    kept = {key: value for key, value in usual.items() if key not in ("train", "test")}
+    few = {"knn": {"k": [min(NEIGHBOURS, found.size)]}} if found.size < NEIGHBOURS else {}
+    return {"train": str(train), "test": str(test), **kept, **few}
+
+
+def test_images(train: Path) -> Path | None:
+    """What lies beside the training images under a usual name for testing."""
+    names: Sequence[str] = ("val", "test", "validation")
+    found = (train.with_name(f"{name}{train.suffix}") for name in names)
+    return next((path for path in found if path != train and path.exists()), None)

@@ -1,0 +1,63 @@
+"""A person's folder of images, split for training and testing by links; the images stay where they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.beton.sources import Listing, list_images
+
+EVERY = 5  # image of a class is for testing
+
+
+@dataclass(frozen=True)
+class Split:
+    """What was made of a folder: images for training, whether there are labels, and what was left out."""
+
+    train: int
+    labelled: bool
+    left_out: tuple[str, ...]  # classes of a single image, which cannot be both learned and asked for
+
+
+def split(images: Path, output: Path) -> Split:
+    """Makes `output`/train and, where there are at least two classes, `output`/test, anew. UserError as `list_images`.
+
+    Links have the names of the images, below the class: what is said of a link is said of the image.
+    """
+    listing = list_images([images])
+    kept = _parts(listing)
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for index, part in kept:
+        path, label = listing.paths[index], listing.labels[index]
+        folder = Path(listing.classes[label]) if label >= 0 else Path()
+        link = partial / part / folder / _below(path, images, folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    shutil.rmtree(output, ignore_errors=True)
+    os.rename(partial, output)
+    left = sorted(set(range(len(listing.classes))) - {listing.labels[index] for index, _ in kept})
+    count = sum(part == "train" for _, part in kept)
+    return Split(count, any(part == "test" for _, part in kept), tuple(listing.classes[label] for label in left))
+
+
+def _parts(listing: Listing) -> Sequence[tuple[int, str]]:
+    """The image's index and "train" or "test", for all that are kept."""
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(listing.labels):
+        members.setdefault(label, []).append(index)
+    usable = {label: found for label, found in members.items() if label >= 0 and len(found) > 1}
+    if len(usable) < 2:
+        return [(index, "train") for index in range(len(listing.paths))]
+    parts = []
+    for found in usable.values():
+        tested = set(found[EVERY - 1 :: EVERY]) or {found[-1]}
+        parts += [(index, "test" if index in tested else "train") for index in found]
+    return parts
+
+
+def _below(path: Path, images: Path, folder: Path) -> Path:
+    return path.relative_to(images / folder)
