@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,12 @@ def configuration(
 
 def _section(key: str, value: Any, words: dict[str, Any]) -> str:
     about = f"# {ABOUT[key].format(**words)}\n" if key in ABOUT else ""
-    return about + yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=None, width=120)
+    if not isinstance(value, dict | list):
+        return about + yaml.safe_dump({key: value})
+    # a line for each part, and each innermost mapping on one
+    return f"{about}{key}:\n" + textwrap.indent(
+        yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110), "  "
+    )
 
 
 def _prototypes(images: int) -> int:
