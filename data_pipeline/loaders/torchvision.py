@@ -5,8 +5,10 @@ Slow and plain on purpose: the fast loader is held equal to it, and it runs wher
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import torch
@@ -100,6 +102,7 @@ def _batches(
         prefetch_factor=ahead,
         timeout=timeout,
         multiprocessing_context=processes,
+        worker_init_fn=_end_with_owner,
     )
     try:
         yield from loader
@@ -109,6 +112,21 @@ def _batches(
         if "DataLoader" not in str(error):
             raise
         raise DataError(f"torchvision loader: {str(error).splitlines()[0]}") from None
+
+
+def _end_with_owner(worker: int) -> None:
+    """Ends this worker once the process that reads its batches is gone, however it went.
+
+    torch's own watch looks at the parent, which is the fork server here; and that lives as long as its workers do.
+    """
+    owner = parent_process()
+    assert owner is not None
+
+    def wait() -> None:
+        connection.wait([owner.sentinel])
+        os._exit(1)
+
+    Thread(target=wait, name="owner watch", daemon=True).start()
 
 
 class TorchvisionLoader:
