@@ -47,7 +47,7 @@ def images_in_table(path: Path, columns: Columns) -> tuple[Found, tuple[str, ...
     try:
         table = _Parquet(path, arrow) if path.suffix.lower() == ".parquet" else _Arrow(path, arrow)
         features = _features(table.schema)
-        table.image = _choose(path, "image", columns.image, table.schema, features)
+        table.image = _choose(path, "image", columns.image, table.schema, features) or ""
         label = _choose(path, "label", columns.label, table.schema, features)
         values = table.labels(label) if label else [None] * table.rows
     except (arrow.ArrowException, OSError) as error:
