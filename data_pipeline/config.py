@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.core.schema import PositiveFloat, PositiveInt, Probability, StrictModel
 
 Interval = tuple[float, float]
+MAX_CHANNELS = 64  # kMaxChannels of native/kernels.h
 
 
 class CropConfig(StrictModel):
@@ -63,8 +64,8 @@ class ViewsConfig(StrictModel):
     grey_probability: Probability = 0.2
     blur_radius_px: Interval = (0.1, 2.0)
     solarize_threshold: Annotated[int, Field(ge=0, le=255)] = 128
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @model_validator(mode="after")
     def _consistent(self) -> ViewsConfig:
@@ -73,9 +74,18 @@ class ViewsConfig(StrictModel):
             raise ValueError("aspect_ratio: expected 0 < low <= high")
         if not 0.0 < self.blur_radius_px[0] <= self.blur_radius_px[1]:
             raise ValueError("blur_radius_px: expected 0 < low <= high")
-        if min(self.std) <= 0.0:
+        if not self.std or min(self.std) <= 0.0:
             raise ValueError("std: every entry must be positive")
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} entries, std {len(self.std)}: expected one per channel in both"
+            )
         return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of a view."""
+        return len(self.mean)
 
     @property
     def count(self) -> int:
@@ -92,9 +102,29 @@ class DataConfig(StrictModel):
     """Where the training images are and how they are read."""
 
     train: Path
+    channels: Annotated[
+        int, Field(ge=1, le=MAX_CHANNELS, description="3: RGB; 1: grey; another number: as converted with --channels")
+    ] = 3
     backend: Literal["ffcv", "torchvision"] = "ffcv"
     order: Literal["permutation", "blocks"] = "permutation"
     workers: Annotated[int, Field(ge=1, description="decoding threads (ffcv) or processes (torchvision) per rank")] = 8
     batches_ahead: Annotated[int, Field(ge=1)] = 3
     batch_timeout_seconds: PositiveFloat = 120.0
     limit: Annotated[PositiveInt | None, Field(description="use only so many samples: a fixed random part")] = None
+
+
+def check_channels(data: DataConfig, views: ViewsConfig) -> None:
+    """Raises ValueError where the views are made for another number of channels than the images have."""
+    n = data.channels
+    if views.channels != n:
+        raise ValueError(
+            f"views.mean has {views.channels} entries, data.channels is {n}: expected one per channel in views.mean "
+            f"and views.std; `mokd convert --statistics {data.train} --channels {n}` computes them"
+        )
+    colour = {
+        "views.jitter.saturation": views.jitter.saturation,
+        "views.jitter.hue": views.jitter.hue,
+        "views.grey_probability": views.grey_probability,
+    }
+    if n != 3 and (given := [key for key, value in colour.items() if value]):
+        raise ValueError(f"{', '.join(given)}: expected 0, colours have no meaning for {n} channel{'s' * (n > 1)}")

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.beton.format import CHECKSUM_BYTES
-from data_pipeline.beton.images import Encoded, Mode, Unusable, encode
+from data_pipeline.beton.images import Encoded, Storage, encode
+from data_pipeline.beton.pixels import Unusable
+from data_pipeline.beton.places import Place
 
 _AHEAD = 8  # images per thread that may be finished before their turn
 _PROBE_IMAGES = 64
@@ -26,42 +28,36 @@ Result = tuple[Encoded, int] | str
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How images are stored: see `convert.ConvertOptions`."""
-
-    mode: Mode
-    max_resolution: int | None
-    quality: int
-    workers: int
-
-
-@dataclass(frozen=True)
 class Forecast:
-    """What a conversion will take, from a sample of its images. free_bytes: what the disk has left."""
+    """What a conversion will take, from a sample of its images. free_bytes: what the disk has left.
+
+    peak: the largest value of 16-bit images in the sample that do not say how many bits they use; None without any.
+    """
 
     images: int
     bytes: int
     seconds: float
     workers: int
     free_bytes: int
+    peak: int | None
 
 
-def encoded(paths: Sequence[Path], encoding: Encoding) -> Iterator[Result]:
+def encoded(paths: Sequence[Place], storage: Storage, workers: int) -> Iterator[Result]:
     """The images in order with their CRC-32; a text where one is unusable. Bounded in memory."""
 
-    def work(path: Path) -> Result:
+    def work(path: Place) -> Result:
         try:
-            image = encode(path, encoding.mode, encoding.max_resolution, encoding.quality)
+            image = encode(path, storage)
         except Unusable as reason:
             return str(reason)
         return image, zlib.crc32(image.data)
 
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(encoding.workers, thread_name_prefix="convert") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         try:
             for path in paths:
                 pending.append(pool.submit(work, path))
-                if len(pending) > _AHEAD * encoding.workers:
+                if len(pending) > _AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -70,17 +66,18 @@ def encoded(paths: Sequence[Path], encoding: Encoding) -> Iterator[Result]:
                 future.cancel()
 
 
-def forecast(paths: Sequence[Path], encoding: Encoding, folder: Path) -> Forecast:
+def forecast(paths: Sequence[Place], storage: Storage, workers: int, folder: Path) -> Forecast:
     """The size and time of converting `paths` to `folder`, from a few of them spread evenly."""
-    count = min(len(paths), max(encoding.workers, min(_PROBE_IMAGES, len(paths) // 50)))
+    count = min(len(paths), max(workers, min(_PROBE_IMAGES, len(paths) // 50)))
     probe = [paths[i * len(paths) // count] for i in range(count)] if count else []
     started = time.monotonic()
-    usable = [result for result in encoded(probe, encoding) if not isinstance(result, str)]
+    usable = [result for result in encoded(probe, storage, workers) if not isinstance(result, str)]
     seconds = time.monotonic() - started
     size = sum(len(image.data) + CHECKSUM_BYTES for image, _ in usable)
     part = len(paths) / max(count, 1)
     free = shutil.disk_usage(folder).free
-    return Forecast(len(paths), round(size * part), seconds * part, encoding.workers, free)
+    peak = max((image.peak for image, _ in usable if image.peak is not None), default=None)
+    return Forecast(len(paths), round(size * part), seconds * part, workers, free, peak)
 
 
 def default_workers() -> int:

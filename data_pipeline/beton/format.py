@@ -40,8 +40,8 @@ _FIELD_TYPES = {"image": 2, "label": 1}
 class BetonInfo:
     """A beton that passed the quick checks. Arrays have one entry per sample.
 
-    widths, heights: int64 pixels. labels: int64, -1 for none. jpeg: uint8, 0 means raw RGB. offsets, sizes: uint64,
-    where the data lie in the file.
+    widths, heights: int64 pixels. labels: int64, -1 for none. jpeg: uint8, 0 means raw pixels, row by row.
+    offsets, sizes: uint64, where the data lie in the file.
     """
 
     path: Path
@@ -57,6 +57,11 @@ class BetonInfo:
     def size(self) -> int:
         """The number of samples."""
         return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        """Of the pixels: 3 is RGB, 1 grey. JPEGs are of these two alone."""
+        return self.manifest.channels
 
     @property
     def num_classes(self) -> int:

@@ -1,116 +1,89 @@
-"""One image file to the bytes a beton stores: content is sniffed, orientation applied, every pixel decoded once."""
+"""One image to the bytes a beton stores: JPEGs kept where they can be, everything else decoded once and encoded."""
 
 from __future__ import annotations
 
 import io
-import stat
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from data_pipeline.beton.format import CHECKSUM_BYTES, MAX_SIDE, MODE_JPEG, MODE_RAW
+from data_pipeline.beton.pixels import MAX_PIXELS, Unusable, decode, pixels, upright
+from data_pipeline.beton.places import Place, read
 from data_pipeline.core import native_library
 
 Mode = Literal["original", "jpg", "raw"]
 
-# files of these names are tried; what Pillow cannot read here (HEIC without its plugin) is named among the skipped
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-    | {".avif", ".heic", ".heif", ".jp2", ".jxl"}
-)
 PAGE_SIZE = 8 << 20
 # Below this many bytes of pixels, an image that is no JPEG is kept without loss: compressing it would save nothing.
 SMALL_RAW_BYTES = 64 << 10
 
-_ORIENTATION = 0x0112
-_MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 1 << 27
 
+@dataclass(frozen=True)
+class Storage:
+    """How images are stored: see `convert.ConvertOptions`."""
 
-class Unusable(Exception):
-    """Why an image cannot go into a beton."""
+    mode: Mode
+    max_resolution: int | None
+    quality: int
+    channels: int = 3
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a beton stores of an image: mode (0 JPEG, 1 raw RGB), size in pixels, bytes."""
+    """What a beton stores of an image: mode (0 JPEG, 1 raw pixels), size in pixels, bytes. peak: see `Pixels`."""
 
     mode: int
     width: int
     height: int
     data: bytes
+    peak: int | None = None
 
 
-def encode(path: Path, mode: Mode, max_resolution: int | None, quality: int) -> Encoded:
-    """The image at `path` as it will be stored. Raises Unusable with the reason when that cannot be."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise Unusable("not a regular file")  # reading a pipe would wait for ever
-        content = path.read_bytes()
-    except OSError as error:
-        raise Unusable(f"cannot be read: {error.strerror}") from None
+def encode(place: Place, storage: Storage) -> Encoded:
+    """The image at `place` as it will be stored. Raises Unusable with the reason when that cannot be."""
+    content = read(place)
     if not content:
         raise Unusable("empty file")
+    mode, limit = storage.mode, storage.max_resolution
     if (
         mode == "original"
+        and storage.channels == 3
         and (size := _plain_jpeg(content))
-        and (max_resolution is None or max(size) <= max_resolution)
+        and (limit is None or max(size) <= limit)
     ):
         return Encoded(MODE_JPEG, *size, content)
-    image = decode(content)
-    longest = max(image.size)
-    shrink = max_resolution is not None and longest > max_resolution
-    if mode == "original" and not shrink and _fits_as_it_is(content, image):
+    image = decode(content) if _is_jpeg(content) else None
+    if image and mode == "original" and _fits_as_it_is(content, image, storage):
         return Encoded(MODE_JPEG, *image.size, content)
-    image = upright_rgb(image)
-    if max_resolution is not None and shrink:
-        scale = max_resolution / longest
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    if max(image.size) > MAX_SIDE:
-        raise Unusable(f"{image.width} x {image.height} pixels: a side is longer than {MAX_SIDE}")
-    raw_bytes = image.width * image.height * 3
-    if mode == "raw" or (mode == "original" and not _is_jpeg(content) and raw_bytes <= SMALL_RAW_BYTES):
-        return _checked(Encoded(MODE_RAW, *image.size, image.tobytes()))
+    found = pixels(content, image, storage.channels, storage.bits)
+    values = found.values
+    if limit is not None and max(values.shape[:2]) > limit:
+        values = _shrunk(values, limit)
+    height, width = values.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise Unusable(f"{width} x {height} pixels: a side is longer than {MAX_SIDE}; use --max-resolution")
+    small = mode == "original" and image is None and values.nbytes <= SMALL_RAW_BYTES
+    if mode == "raw" or small or storage.channels not in (1, 3):
+        return _checked(Encoded(MODE_RAW, width, height, values.tobytes(), found.peak))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return _checked(Encoded(MODE_JPEG, *image.size, buffer.getvalue()))
+    Image.fromarray(values.squeeze(2) if storage.channels == 1 else values).save(
+        buffer, "JPEG", quality=storage.quality
+    )
+    return _checked(Encoded(MODE_JPEG, width, height, buffer.getvalue(), found.peak))
 
 
-def decode(content: bytes) -> Image.Image:
-    """The image in `content`, every pixel decoded. Raises Unusable with the reason."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF and large images; what matters raises
-            image = Image.open(io.BytesIO(content))
-            image.load()
-    except UnidentifiedImageError:
-        raise Unusable("not an image of a known kind") from None
-    except Image.DecompressionBombError:
-        raise Unusable("more pixels than any photograph; make it smaller first") from None
-    except MemoryError:
-        raise Unusable("does not fit into memory") from None
-    except Exception as error:  # decoders raise almost anything on damaged input
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unusable(f"damaged: {reason}") from None
-    return image
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF data say, as 8-bit RGB without transparency."""
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF says nothing about the pixels
-        image = image.copy()
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Unusable("floating-point pixels")
-    return image.convert("RGB")
+def _shrunk(values: np.ndarray, limit: int) -> np.ndarray:
+    height, width = values.shape[:2]
+    scale = limit / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if values.shape[2] == 3:
+        return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC))
+    planes = [Image.fromarray(values[..., c]).resize(size, Image.Resampling.BICUBIC) for c in range(values.shape[2])]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 
 def _plain_jpeg(content: bytes) -> tuple[int, int] | None:
@@ -118,20 +91,18 @@ def _plain_jpeg(content: bytes) -> tuple[int, int] | None:
     if not native_library.available() or not _is_jpeg(content) or len(content) + CHECKSUM_BYTES > PAGE_SIZE:
         return None
     size = native_library.plain_jpeg_size(content)
-    return size if size and size[0] * size[1] <= _MAX_PIXELS else None
+    return size if size and size[0] * size[1] <= MAX_PIXELS else None
 
 
 def _is_jpeg(content: bytes) -> bool:
     return content[:3] == b"\xff\xd8\xff"
 
 
-def _fits_as_it_is(content: bytes, image: Image.Image) -> bool:
-    if not _is_jpeg(content) or image.mode not in ("RGB", "L") or len(content) + CHECKSUM_BYTES > PAGE_SIZE:
+def _fits_as_it_is(content: bytes, image: Image.Image, storage: Storage) -> bool:
+    limit, kinds = storage.max_resolution, {1: ("L",), 3: ("RGB", "L")}.get(storage.channels, ())
+    if len(content) + CHECKSUM_BYTES > PAGE_SIZE or (limit is not None and max(image.size) > limit):
         return False
-    try:
-        return image.getexif().get(_ORIENTATION, 1) in (0, 1)
-    except Exception:  # as upright_rgb
-        return True
+    return image.mode in kinds and upright(image)
 
 
 def _checked(encoded: Encoded) -> Encoded:

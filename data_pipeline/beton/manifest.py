@@ -20,7 +20,7 @@ FORMAT = 1
 
 
 class Manifest(StrictModel):
-    """The first line of a manifest."""
+    """The first line of a manifest. channels: of the pixels; 3 is not written, which older versions would refuse."""
 
     format: int
     count: int
@@ -30,6 +30,7 @@ class Manifest(StrictModel):
     sources: tuple[str, ...]
     options: dict[str, Any]
     versions: dict[str, str]
+    channels: int = 3
 
     def source_of(self, beton: Path, sample_id: int) -> str | None:
         """The path a sample was made from, or None when the manifest does not tell."""

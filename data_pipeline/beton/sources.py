@@ -1,96 +1,121 @@
-"""Image folders: which files belong to a data set, in which order, and what their labels are."""
+"""What a data set is made from: folders of images, webdataset archives, tables of Hugging Face, lists of files."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
-from data_pipeline.beton.images import SUFFIXES
+from data_pipeline.beton.archives import images_in_archive
+from data_pipeline.beton.folders import SUFFIXES, images_below, visible
+from data_pipeline.beton.lists import images_listed
+from data_pipeline.beton.places import Found, Place
+from data_pipeline.beton.tables import Columns, images_in_table, tables_saved_to_disk
 from data_pipeline.core.errors import UserError
 from data_pipeline.sampling.order import class_subset
+
+# names of folders and files that hold parts of a data set rather than classes
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+LISTS, TABLES, ARCHIVES = (".csv", ".tsv", ".txt"), (".parquet", ".arrow"), (".tar",)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a data set, in order: paths as given, labels (-1: none), class names by label."""
+    """The images of a data set, in order: where they are, labels (-1: none), class names by label."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
 
 
-def list_images(sources: Sequence[Path], subset: float | None = None, seed: int = 0) -> Listing:
-    """The images below the folders. Sub-folders at the top are the classes; a folder without any has no labels.
+@dataclass(frozen=True)
+class _Part:
+    """What one source holds. names: its classes by number, where it says so."""
 
-    Classes of the same name in several sources are one class. Hidden files are left out, symbolic links followed, but
-    not in circles. `subset` keeps that part of each class (at least one image), chosen by `seed`. UserError when there
-    are none, or a folder cannot be read.
+    found: Found
+    names: tuple[str, ...] | None = None
+    is_folder: bool = False
+
+
+def list_images(
+    sources: Sequence[Path],
+    subset: float | None = None,
+    seed: int = 0,
+    *,
+    channels: int = 3,
+    columns: Columns | None = None,
+) -> Listing:
+    """The images of the sources. Raises UserError when there are none, or a source cannot be read.
+
+    Of a folder, the sub-folders at the top are the classes, and without any it has no labels; hidden files are left
+    out, symbolic links followed, but not in circles. Archives (`.tar`), tables (`.parquet`, `.arrow`) and lists
+    (`.csv`, `.tsv`, `.txt`) say the class of each image, and keep their order; a folder of nothing but archives or
+    tables stands for them. Classes of the same name in several sources are one class. `subset` keeps that part of each
+    class (at least one image), chosen by `seed`. channels: arrays (`.npy`) are images too when it is not 3.
     """
-    found: list[tuple[str | None, Path]] = []
-    for source in sources:
-        if not source.exists():
-            raise UserError(f"{source}: no such folder")
-        if not source.is_dir():
-            raise UserError(f"{source}: not a folder; give the folder that holds the images")
-        before = len(found)
-        classes = sorted((p for p in _visible(source) if p.is_dir()), key=lambda p: p.name)
-        found += [(folder.name, path) for folder in classes for path in _walk(folder)]
-        found += [(None, path) for path in sorted(p for p in _visible(source) if _is_image(p))]
-        if len(found) == before:
-            raise UserError(f"{source}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
-    names = sorted({name for name, _ in found if name is not None})
+    parts = [part for source in sources for part in _parts(source, channels, columns or Columns())]
+    found = [item for part in parts for item in part.found]
+    names = _class_names(parts)
     label = {name: i for i, name in enumerate(names)}
-    found.sort(key=lambda item: -1 if item[0] is None else label[item[0]])  # stable: sources stay in order
+    if all(part.is_folder for part in parts):
+        found.sort(key=lambda item: -1 if item[0] is None else label[item[0]])  # stable: sources stay in order
     if subset is not None:
         found = _subset(found, label, subset, seed)
     paths = tuple(path for _, path in found)
-    return Listing(paths, tuple(-1 if name is None else label[name] for name, _ in found), tuple(names))
+    return Listing(paths, tuple(-1 if name is None else label[name] for name, _ in found), names)
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from (Path(entry.path) for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+def _parts(source: Path, channels: int, columns: Columns) -> list[_Part]:
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or file")
+    suffixes = SUFFIXES if channels == 3 else SUFFIXES | {".npy"}
+    if source.is_dir():
+        if files := tables_saved_to_disk(source):
+            return [_Part(*images_in_table(file, columns)) for file in files]
+        if found := images_below(source, suffixes):
+            return [_Part(found, is_folder=True)]
+        return [part for file in _packed_in(source, suffixes) for part in _parts(file, channels, columns)]
+    kind = source.suffix.lower()
+    if kind in LISTS:
+        part = _Part(images_listed(source))
+    elif kind in TABLES:
+        part = _Part(*images_in_table(source, columns))
+    elif kind in ARCHIVES:
+        part = _Part(images_in_archive(source, suffixes))
+    elif source.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
+        raise UserError(f"{source}: is compressed; decompress it to a plain .tar first (images gain nothing from it)")
+    else:
+        kinds = ", ".join((*ARCHIVES, *TABLES, *LISTS))
+        raise UserError(f"{source}: not a folder, and not one of {kinds}; give the folder that holds the images")
+    if not part.found:
+        raise UserError(f"{source}: no images in it")
+    return [part]
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+def _packed_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """The archives or tables of a folder without images. UserError when there are none, or of more than one split."""
+    files = sorted(p for p in visible(folder) if p.suffix.lower() in ARCHIVES + TABLES and not p.is_dir())
+    if not files:
+        raise UserError(f"{folder}: no images in it (looked for {', '.join(sorted(suffixes))})")
+    splits = sorted({start for file in files if (start := file.stem.lower().partition("-")[0]) in SPLITS})
+    if len(splits) > 1:
+        raise UserError(f"{folder}: holds files of several parts ({', '.join(splits)}); give the files of one of them")
+    return files
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    above = {str(folder): {_identity(folder)}}  # of every folder: itself and those it lies in, links resolved
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        own = above.pop(root)
-        inside = {name: _identity(Path(root, name)) for name in folders if not name.startswith(".")}
-        folders[:] = sorted(name for name, identity in inside.items() if identity not in own)
-        above |= {os.path.join(root, name): own | {inside[name]} for name in folders}
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(root, name)
+def _class_names(parts: Sequence[_Part]) -> tuple[str, ...]:
+    """Class names by label: as all sources number them, else in the order of the alphabet, or of numbers."""
+    declared = {part.names for part in parts}
+    if len(declared) == 1 and (names := declared.pop()) is not None:
+        return names
+    found = {name for part in parts for name, _ in part.found if name is not None}
+    in_numbers = all(name.isdecimal() for name in found) and not any(part.is_folder for part in parts)
+    return tuple(sorted(found, key=int) if in_numbers else sorted(found))
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    try:
-        found = folder.stat()
-    except OSError as error:
-        _refuse(error)
-    return found.st_dev, found.st_ino
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename}: cannot be read: {error.strerror}; its images would be missing") from None
-
-
-def _subset(
-    found: list[tuple[str | None, Path]], number: dict[str, int], part: float, seed: int
-) -> list[tuple[str | None, Path]]:
+def _subset(found: Found, number: dict[str, int], part: float, seed: int) -> Found:
     if not 0.0 < part <= 1.0:
         raise UserError(f"subset {part}: expected a part of each class, above 0 and at most 1")
     labels = np.asarray([-1 if name is None else number[name] for name, _ in found], np.int64)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.beton.format import MODE_RAW, open_beton
-from data_pipeline.beton.images import Unusable, decode
 from data_pipeline.beton.manifest import read_manifest, sample_lines
+from data_pipeline.beton.pixels import Unusable, decode
 from data_pipeline.core.errors import UserError
 
 
@@ -53,7 +53,7 @@ def verify(beton: Path, progress: Callable[[int, int], None] | None = None) -> V
     bad: list[BadSample] = []
     with open(beton, "rb") as file:
         for sample_id, line in enumerate(sample_lines(beton)):
-            reason = _check(file, line)
+            reason = _check(file, line, manifest.channels)
             if reason:
                 bad.append(BadSample(sample_id, line["path"], reason))
             if progress:
@@ -61,7 +61,7 @@ def verify(beton: Path, progress: Callable[[int, int], None] | None = None) -> V
     return VerifyReport(manifest.count, problem, tuple(bad))
 
 
-def _check(file: BinaryIO, line: dict[str, int]) -> str | None:
+def _check(file: BinaryIO, line: dict[str, int], channels: int) -> str | None:
     try:
         file.seek(line["offset"])
         data = file.read(line["bytes"])
@@ -73,7 +73,7 @@ def _check(file: BinaryIO, line: dict[str, int]) -> str | None:
         return "its bytes are not those that were written"
     size = (line["width"], line["height"])
     if line["mode"] == MODE_RAW:
-        return None if len(data) == size[0] * size[1] * 3 else "its size does not match its pixels"
+        return None if len(data) == size[0] * size[1] * channels else "its size does not match its pixels"
     try:
         return None if decode(data).size == size else "its size is not what the manifest says"
     except Unusable as error:

@@ -20,6 +20,7 @@ import numpy as np
 from data_pipeline.beton.format import ALLOCATION, CHECKSUM_BYTES, RECORD, RECORDS_START, header_bytes
 from data_pipeline.beton.images import PAGE_SIZE, Encoded
 from data_pipeline.beton.manifest import Manifest, manifest_path
+from data_pipeline.beton.places import Place
 from data_pipeline.core.errors import DataError, UserError
 
 _FLUSH_EVERY = 64  # images: what a kill can cost
@@ -112,7 +113,7 @@ class BetonWriter:
         self._enter(image, entry["label"], size, entry["crc32"])
         return True
 
-    def add(self, path: Path, label: int, image: Encoded, crc: int) -> None:
+    def add(self, path: Place, label: int, image: Encoded, crc: int) -> None:
         """Appends a sample."""
         # no sample crosses a page: FFCV's own readers load page by page
         size = len(image.data)
@@ -124,7 +125,7 @@ class BetonWriter:
         self._enter((image.mode, image.width, image.height), label, size, crc)
         self._log(line)
 
-    def skip(self, path: Path, reason: str) -> None:
+    def skip(self, path: Place, reason: str) -> None:
         """Notes an image that cannot be used."""
         self.skipped.append((str(path), reason))
         self._log({"path": str(path), "skipped": reason})
@@ -174,7 +175,7 @@ class BetonWriter:
         unfinished = manifest_path(self._output).with_name(manifest_path(self._output).name + ".partial")
         try:
             with open(unfinished, "w", encoding="utf-8") as file:
-                file.write(manifest.model_dump_json() + "\n")
+                file.write(manifest.model_dump_json(exclude_defaults=True) + "\n")
                 file.writelines(self._sample_lines())
                 file.flush()
                 os.fsync(file.fileno())

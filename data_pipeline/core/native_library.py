@@ -44,6 +44,9 @@ STATUS = (
 # Type of native/kernels.h
 KINDS = ("float32", "float16", "bfloat16")
 
+# mokd_interface of native/library.cpp
+_INTERFACE = 2
+
 _POINTER = ctypes.c_void_p
 
 
@@ -71,6 +74,8 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         hint = "run `make setup`, or use data.backend=torchvision"
         raise UserError(f"{path}: cannot be loaded ({error}); {hint}") from None
+    if not hasattr(library, "mokd_interface") or library.mokd_interface() != _INTERFACE:
+        raise UserError(f"{path}: was built from another version of the sources; build it again: make setup")
     library.mokd_engine_create.restype = _POINTER
     library.mokd_engine_create.argtypes = [ctypes.c_int, ctypes.c_char_p]
     library.mokd_engine_destroy.restype = None
@@ -79,11 +84,12 @@ def _library() -> ctypes.CDLL:
     library.mokd_engine_kernels.argtypes = [_POINTER]
     library.mokd_cut.restype = None
     integer, long, pointer = ctypes.c_int, ctypes.c_int64, _POINTER
-    cut: list[Any] = [pointer, integer, long, *[pointer] * 5, integer, integer, *[pointer] * 4, long, pointer]
+    cut: list[Any] = [pointer, integer, long, *[pointer] * 5, *[integer] * 3, *[pointer] * 4, long, pointer]
     library.mokd_cut.argtypes = cut
     library.mokd_photometrics.restype = None
     real = ctypes.c_float
-    photometrics: list[Any] = [pointer, long, integer, pointer, long, pointer, pointer, real, *[pointer] * 2, integer]
+    photometrics: list[Any] = [pointer, long, integer, pointer, long, pointer, pointer, real, integer]
+    photometrics += [*[pointer] * 2, integer]
     library.mokd_photometrics.argtypes = [*photometrics, pointer]
     library.mokd_is_plain_jpeg.restype = integer
     library.mokd_is_plain_jpeg.argtypes = [ctypes.c_char_p, ctypes.c_uint64, pointer, pointer]
@@ -137,11 +143,12 @@ class Engine:
         flips: NDArray[np.bool_],
         cut_sizes: NDArray[np.int32],
         out: NDArray[np.uint8],
+        channels: int = 3,
     ) -> NDArray[np.int32]:
         """Reads n samples from the open `file`, decodes each once, and cuts its views into `out`.
 
         offsets, sizes, widths, heights, jpeg: `[n]`. geometry: `[n, V, 8]`, the box (x, y, width, height) and the area
-        the filter may look at, in pixels. flips: `[n, V]`. cut_sizes: `[V]`. out: `[n, sum 3 S_v^2]`, each view planar.
+        the filter may look at, in pixels. flips: `[n, V]`. cut_sizes: `[V]`. out: `[n, sum C S_v^2]`, each view planar.
         Returns the status of each sample, an index into `STATUS`; the output of a failed sample is undefined.
         """
         n, views = flips.shape
@@ -157,7 +164,7 @@ class Engine:
             np.ascontiguousarray(flips, np.uint8),
             np.ascontiguousarray(cut_sizes, np.int32),
         ]
-        row_bytes = int((3 * cut_sizes.astype(np.int64) ** 2).sum())
+        row_bytes = int((channels * cut_sizes.astype(np.int64) ** 2).sum())
         assert geometry.shape == (n, views, 8)
         assert out.shape == (n, row_bytes)
         assert out.strides[1] == 1
@@ -167,6 +174,7 @@ class Engine:
             file,
             n,
             *(array.ctypes.data for array in arrays),
+            channels,
             1,
             views,
             *(array.ctypes.data for array in rest),
@@ -182,12 +190,12 @@ class Engine:
         cut_sizes: NDArray[np.int32],
         parameters: NDArray[Any],
         threshold: float,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
         outs: list[int],
         kind: str = "float32",
     ) -> None:
-        """Views as `cut` leaves them, normalised: view v of sample i goes to the address outs[v] + i * 3 S_v^2 numbers.
+        """Views as `cut` leaves them, normalised: view v of sample i goes to the address outs[v] + i * C S_v^2 numbers.
 
         parameters: PHOTOMETRIC `[n, V]`, see `data_pipeline.transforms.photometrics`. kind: one of `KINDS`.
         """
@@ -208,6 +216,7 @@ class Engine:
             sizes.ctypes.data,
             parameters.ctypes.data,
             threshold,
+            len(mean),
             means.ctypes.data,
             stds.ctypes.data,
             KINDS.index(kind),

@@ -13,7 +13,7 @@ from torch import Tensor
 class ViewBatch:
     """One batch of multi-crop views, owned by the receiver: no buffer of the loader is aliased.
 
-    views: one tensor per group of equally sized views, each `[V_g, B, 3, S_g, S_g]`, normalised, on the
+    views: one tensor per group of equally sized views, each `[V_g, B, C, S_g, S_g]`, normalised, on the
     loader's device in its dtype; global views first. sample_ids, labels: int64 `[B]` on the CPU (label -1: none).
     """
 
@@ -39,7 +39,7 @@ class MultiCropLoader(Protocol):
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Images for evaluation, in data-set order: images `[B, 3, S, S]` normalised; sample_ids, labels int64 `[B]`."""
+    """Images for evaluation, in data-set order: images `[B, C, S, S]` normalised; sample_ids, labels int64 `[B]`."""
 
     images: Tensor
     sample_ids: Tensor

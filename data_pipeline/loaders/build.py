@@ -55,12 +55,13 @@ def build_loader(
 
     Raises UserError when the data cannot be read as asked.
     """
+    assert data.channels == views.channels
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} of {world_size}: ranks count from 0")
     backend = usable_backend(data.backend)
     check_path(data.train, backend)
     warn_workers(data.workers)
-    samples = open_samples(data.train)
+    samples = open_samples(data.train, data.channels)
     kept = subset(samples.size, data.limit) if ids is None else ids
     sampler = RankSampler(kept, seed, rank, world_size, global_batch, data.order)
     # the backends are imported here: the reference one works without FFCV and the native library
@@ -77,8 +78,8 @@ def build_eval_loader(
     backend: Backend = "ffcv",
     resize_px: int,
     crop_px: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -99,7 +100,7 @@ def build_eval_loader(
         from data_pipeline.loaders.torchvision import torchvision_eval_batches as batches
     else:
         from data_pipeline.loaders.ffcv_evaluation import ffcv_eval_batches as batches
-    samples = open_samples(path)
+    samples = open_samples(path, len(mean))
     kept = subset(samples.size, limit)
     low, high = contiguous_part(len(kept), rank, world_size)
     plan = EvalPlan(samples, kept[low:high], batch_size, resize_px, crop_px, mean, std, workers, torch.device(device))
@@ -122,7 +123,7 @@ def check_path(path: Path, backend: Backend) -> None:
         raise UserError(f"{path}: is a folder; {hint}")
 
 
-def count_samples(path: Path, backend: Backend) -> int:
+def count_samples(path: Path, backend: Backend, channels: int = 3) -> int:
     """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
     check_path(path, usable_backend(backend))
-    return open_samples(path).size
+    return open_samples(path, channels).size

@@ -48,7 +48,7 @@ class _OnGpu:
     """One pinned transfer per batch and its photometrics on a stream of their own, while the batch before is used."""
 
     def __init__(self, views: ViewsConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._fused = why_no_triton() is None
+        self._fused = why_no_triton() is None and views.channels == 3
         self._views, self._device, self._dtype = views, device, dtype
         self._stream: Any = torch.cuda.Stream(device, priority=-1)  # short work that a whole step waits for
 

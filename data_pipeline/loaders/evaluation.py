@@ -23,8 +23,8 @@ class EvalPlan:
     batch_size: int
     resize_px: int
     crop_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # one per channel
+    std: tuple[float, ...]
     workers: int
     device: torch.device
 

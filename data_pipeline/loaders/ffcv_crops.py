@@ -142,7 +142,8 @@ class _Cut(SimpleRGBImageDecoder):
     def _cut(self, ids: Int64Array, plan: CutPlan) -> Packed:
         beton, packed = self._beton, self._ring.next(ids, self._beton.labels[ids])
         places = (beton.offsets[ids], beton.sizes[ids], beton.widths[ids], beton.heights[ids], beton.jpeg[ids])
-        status = self._engine.cut(self._file, *places, plan.geometry, plan.flips, self._sizes, packed.crops)
+        cuts = (plan.geometry, plan.flips, self._sizes, packed.crops, beton.channels)
+        status = self._engine.cut(self._file, *places, *cuts)
         if status.any():
             first = int(np.flatnonzero(status)[0])
             reason = STATUS[status[first]]
@@ -175,7 +176,7 @@ class FfcvCuts:
         pinned: bool = False,
     ) -> None:
         self._timeout, self._path = timeout, beton.path
-        crop_bytes = int((3 * sizes.astype(np.int64) ** 2).sum())
+        crop_bytes = int((beton.channels * sizes.astype(np.int64) ** 2).sum())
         # those in the queue, the one being cut, and the two that the reader may hold
         ring = Ring(ahead + 3, batch_size, crop_bytes, parameter_bytes, pinned)
         self._cut = _Cut(beton, sizes, engine, ring)

@@ -30,7 +30,7 @@ def ffcv_eval_batches(plan: EvalPlan) -> Iterator[LabelledBatch]:
     size = np.array([plan.crop_px], np.int32)
     batch_size = min(plan.batch_size, len(plan.ids))
     cuts = FfcvCuts(beton, size, batch_size, engine, _AHEAD, _TIMEOUT_SECONDS)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (plan.mean, plan.std))
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (plan.mean, plan.std))
 
     def centres(ids: Int64Array) -> CutPlan:
         boxes = centre_geometry(beton.widths[ids], beton.heights[ids], plan.resize_px, plan.crop_px)
@@ -38,7 +38,7 @@ def ffcv_eval_batches(plan: EvalPlan) -> Iterator[LabelledBatch]:
 
     try:
         for packed in cuts.batches(EpochPlan(plan.ids, centres)):
-            pixels = torch.from_numpy(packed.crops).view(-1, 3, plan.crop_px, plan.crop_px)
+            pixels = torch.from_numpy(packed.crops).view(-1, beton.channels, plan.crop_px, plan.crop_px)
             images = (pixels.float() / 255.0 - mean) / std  # new memory: the ring goes on
             yield LabelledBatch(images, packed.sample_ids, packed.labels)
     finally:

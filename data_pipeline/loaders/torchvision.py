@@ -5,11 +5,15 @@ Slow and plain on purpose: the fast loader is held equal to it, and it runs wher
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -54,6 +58,35 @@ def change_colours(view: Image.Image, draws: ViewDraws, i: int, v: int, threshol
     return F.solarize(view, threshold) if draws.solarize[i, v] else view
 
 
+def change_channels(
+    view: tuple[Image.Image, ...], draws: ViewDraws, i: int, v: int, threshold: int
+) -> tuple[Image.Image, ...]:
+    """The same for a view of other than three channels, each an image: contrast works towards the mean of them all,
+    what is of colours is left out.
+    """
+    if draws.jitter[i, v]:
+        for operation in draws.order[i, v]:
+            factor = float(draws.factor[i, v, operation])
+            if operation == BRIGHTNESS:
+                view = tuple(F.adjust_brightness(channel, factor) for channel in view)
+            elif operation == CONTRAST:
+                mean = Image.new("L", view[0].size, int(np.mean([np.asarray(channel) for channel in view]) + 0.5))
+                view = tuple(Image.blend(mean, channel, factor) for channel in view)
+    if draws.blur[i, v] > 0:
+        blur = ImageFilter.GaussianBlur(float(draws.blur[i, v]))
+        view = tuple(channel.filter(blur) for channel in view)
+    return tuple(F.solarize(channel, threshold) for channel in view) if draws.solarize[i, v] else view
+
+
+def _channels(pixels: NDArray[np.uint8]) -> tuple[Image.Image, ...]:
+    return tuple(Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2]))
+
+
+def _normalised(view: Image.Image | tuple[Image.Image, ...], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    channels = view if isinstance(view, tuple) else (view,)
+    return F.normalize(torch.cat([F.to_tensor(channel) for channel in channels]), list(mean), list(std))
+
+
 class _Views(Dataset[tuple[list[Tensor], int, int]]):
     """Sample id to its finished views, for one epoch."""
 
@@ -62,13 +95,21 @@ class _Views(Dataset[tuple[list[Tensor], int, int]]):
         self._sizes = view_sizes(views).tolist()
 
     def __getitem__(self, sample_id: int) -> tuple[list[Tensor], int, int]:
-        image = self._samples.image(sample_id)
-        draws = draw_views(self._views, self._seed, self._epoch, [sample_id], [image.width], [image.height])
+        pixels = self._samples.pixels(sample_id)
+        height, width, count = pixels.shape
+        draws = draw_views(self._views, self._seed, self._epoch, [sample_id], [width], [height])
+        image = Image.fromarray(pixels) if count == 3 else None
+        channels = _channels(pixels) if image is None else ()
         views = []
         for v, size in enumerate(self._sizes):
-            view = cut_view(image, draws.box[0, v].tolist(), size, bool(draws.flip[0, v]))
-            view = change_colours(view, draws, 0, v, self._views.solarize_threshold)
-            views.append(F.normalize(F.to_tensor(view), self._views.mean, self._views.std))
+            box, flip, threshold = draws.box[0, v].tolist(), bool(draws.flip[0, v]), self._views.solarize_threshold
+            view: Image.Image | tuple[Image.Image, ...]
+            if image is not None:
+                view = change_colours(cut_view(image, box, size, flip), draws, 0, v, threshold)
+            else:
+                cut = tuple(cut_view(channel, box, size, flip) for channel in channels)
+                view = change_channels(cut, draws, 0, v, threshold)
+            views.append(_normalised(view, self._views.mean, self._views.std))
         return views, sample_id, int(self._samples.labels[sample_id])
 
 
@@ -80,10 +121,11 @@ class _Centres(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, sample_id: int) -> tuple[Tensor, int, int]:
         plan = self._plan
-        image = F.resize(plan.samples.image(sample_id), [plan.resize_px], F.InterpolationMode.BICUBIC)
-        image = F.center_crop(image, [plan.crop_px, plan.crop_px])
-        label = int(plan.samples.labels[sample_id])
-        return F.normalize(F.to_tensor(image), plan.mean, plan.std), sample_id, label
+        pixels, size = plan.samples.pixels(sample_id), [plan.crop_px, plan.crop_px]
+        images = (Image.fromarray(pixels),) if pixels.shape[2] == 3 else _channels(pixels)
+        resized = (F.resize(image, [plan.resize_px], F.InterpolationMode.BICUBIC) for image in images)
+        centre = tuple(F.center_crop(image, size) for image in resized)
+        return _normalised(centre, plan.mean, plan.std), sample_id, int(plan.samples.labels[sample_id])
 
 
 def _batches(
@@ -100,6 +142,7 @@ def _batches(
         prefetch_factor=ahead,
         timeout=timeout,
         multiprocessing_context=processes,
+        worker_init_fn=_end_with_owner,
     )
     try:
         yield from loader
@@ -109,6 +152,21 @@ def _batches(
         if "DataLoader" not in str(error):
             raise
         raise DataError(f"torchvision loader: {str(error).splitlines()[0]}") from None
+
+
+def _end_with_owner(worker: int) -> None:
+    """Ends this worker once the process that reads its batches is gone, however it went.
+
+    torch's own watch looks at the parent, which is the fork server here; and that lives as long as its workers do.
+    """
+    owner = parent_process()
+    assert owner is not None
+
+    def wait() -> None:
+        connection.wait([owner.sentinel])
+        os._exit(1)
+
+    Thread(target=wait, name="owner watch", daemon=True).start()
 
 
 class TorchvisionLoader:

@@ -31,17 +31,24 @@ uint8_t* Decoder::plane_memory(Planes& planes, const int* widths, const int* hei
     return memory_.data();
 }
 
-void Decoder::split_rgb(const uint8_t* rgb, int width, int height, Planes& planes) {
-    int widths[3] = {width, width, width}, heights[3] = {height, height, height};
-    planes.count = 3;
+void Decoder::split(const uint8_t* pixels, int width, int height, int channels, Planes& planes) {
+    int widths[kMaxChannels], heights[kMaxChannels];
+    std::fill(widths, widths + channels, width);
+    std::fill(heights, heights + channels, height);
+    planes.count = channels;
     planes.ycc = false;
     plane_memory(planes, widths, heights);
     for (int y = 0; y < height; y++) {
-        uint8_t* out[3];
-        for (int p = 0; p < 3; p++) out[p] = const_cast<uint8_t*>(planes.plane[p].data) + (size_t)y * planes.plane[p].stride;
-        const uint8_t* in = rgb + (size_t)y * width * 3;
-        for (int x = 0; x < width; x++)
-            for (int p = 0; p < 3; p++) out[p][x] = in[3 * x + p];
+        const uint8_t* in = pixels + (size_t)y * width * channels;
+        uint8_t* out[kMaxChannels];
+        for (int p = 0; p < channels; p++) out[p] = const_cast<uint8_t*>(planes.plane[p].data) + (size_t)y * planes.plane[p].stride;
+        if (channels == 3) {
+            for (int x = 0; x < width; x++)
+                for (int p = 0; p < 3; p++) out[p][x] = in[3 * x + p];
+        } else {
+            for (int x = 0; x < width; x++)
+                for (int p = 0; p < channels; p++) out[p][x] = in[(size_t)channels * x + p];
+        }
     }
 }
 
@@ -72,7 +79,7 @@ Status Decoder::decode_jpeg(const Source& source, Planes& planes) {
     } else if (space == TJCS_RGB) {
         interleaved_.resize((size_t)width * height * 3);
         failed = tjDecompress2(handle_, source.data, source.size, interleaved_.data(), width, 0, height, TJPF_RGB, 0);
-        split_rgb(interleaved_.data(), width, height, planes);
+        split(interleaved_.data(), width, height, 3, planes);
     } else {
         return kBadHeader;
     }
@@ -85,8 +92,8 @@ Status Decoder::decode(const Source& source, int shrink, Planes& planes) {
     planes.shrink = source.jpeg ? shrink : 1;
     planes.width = (source.width + planes.shrink - 1) / planes.shrink;
     planes.height = (source.height + planes.shrink - 1) / planes.shrink;
-    if (source.jpeg) return decode_jpeg(source, planes);
-    if (source.size != (size_t)source.width * source.height * 3) return kBadSize;
-    split_rgb(source.data, source.width, source.height, planes);
+    if (source.jpeg) return source.channels == 1 || source.channels == 3 ? decode_jpeg(source, planes) : kBadHeader;
+    if (source.size != (size_t)source.width * source.height * source.channels) return kBadSize;
+    split(source.data, source.width, source.height, source.channels, planes);
     return kOk;
 }

@@ -22,7 +22,8 @@ struct Source {
     const uint8_t* data;
     size_t size;
     int width, height;
-    bool jpeg;  // otherwise raw RGB, row by row
+    int channels;
+    bool jpeg;  // otherwise raw pixels, row by row
 };
 
 // Owns a decoder and the memory it decodes into; one per thread.
@@ -40,7 +41,7 @@ public:
 
 private:
     Status decode_jpeg(const Source& source, Planes& planes);
-    void split_rgb(const uint8_t* rgb, int width, int height, Planes& planes);
+    void split(const uint8_t* pixels, int width, int height, int channels, Planes& planes);
     uint8_t* plane_memory(Planes& planes, const int* widths, const int* heights);
 
     tjhandle handle_;

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <vector>
 
+// Keep in step with data_pipeline/config.py.
+constexpr int kMaxChannels = 64;
+
 // One 8-bit plane. Rows may be read up to kPadding bytes beyond their end.
 constexpr int kPadding = 64;
 
@@ -13,9 +16,9 @@ struct Plane {
     int stride, width, height;
 };
 
-// An image as the decoder leaves it: 1 plane (grey) or 3 planes (YCbCr, chroma maybe smaller; or RGB).
+// An image as the decoder leaves it: 1 plane (grey), 3 planes (YCbCr, chroma maybe smaller; or RGB), or any other number.
 struct Planes {
-    Plane plane[3];
+    Plane plane[kMaxChannels];
     int count;
     bool ycc;
     int width, height;  // of the first plane, without padding
@@ -28,7 +31,8 @@ struct Cut {
     double x, y, width, height;
     int clip_x, clip_y, clip_width, clip_height;
     bool flip;
-    int size;  // side of the square output
+    int size;      // side of the square output
+    int channels;  // of the output; a grey image fills three
 };
 
 // The colour changes of one view, in the order they are applied.
@@ -45,7 +49,8 @@ enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // What all views have in common: solarisation from `threshold` on, scale and shift by channel, the type of the result.
 struct Finish {
-    float threshold, scale[3], shift[3];
+    float threshold, scale[kMaxChannels], shift[kMaxChannels];
+    int channels;
     Type type;
     int bytes() const { return type == kFloat32 ? 4 : 2; }
 };
@@ -59,9 +64,9 @@ struct Scratch {
 
 struct Kernels {
     const char* name;
-    // Antialiased bicubic resample of `cut` to 3 x size x size bytes, planar RGB.
+    // Antialiased bicubic resample of `cut` to channels x size x size bytes, planar.
     void (*resample)(const Planes&, const Cut&, Scratch&, uint8_t* out);
-    // 3 x size x size bytes to as many numbers: colour changes, then x * scale + shift in the type of the result.
+    // channels x size x size bytes to as many numbers: colour changes, then x * scale + shift in the type of the result.
     void (*photometrics)(const uint8_t* in, int size, const Photometric&, const Finish&, Scratch&, uint8_t* out);
 };
 

@@ -83,6 +83,9 @@ Status read_sample(int fd, uint64_t offset, uint64_t size, bool check, std::vect
 
 }  // namespace
 
+// Raised when a call changes: Python refuses a library that was built before.
+EXPORT int mokd_interface() { return 2; }
+
 EXPORT void* mokd_engine_create(int threads, const char* wanted_kernels) {
     const Kernels* chosen = &kernels();
 #if defined(__x86_64__)
@@ -103,7 +106,7 @@ EXPORT const char* mokd_engine_kernels(void* engine) { return ((Engine*)engine)-
 // Reads, decodes once and cuts `cuts` views of each of n samples: sample i goes to out + i * out_stride, view after
 // view. geometry: [n, cuts, 8] float64 (x, y, width, height, clip x, y, width, height); flips: [n, cuts].
 EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, const uint64_t* sizes,
-                     const int32_t* widths, const int32_t* heights, const uint8_t* jpeg, int check, int cuts,
+                     const int32_t* widths, const int32_t* heights, const uint8_t* jpeg, int channels, int check, int cuts,
                      const double* geometry, const uint8_t* flips, const int32_t* cut_sizes, uint8_t* out,
                      int64_t out_stride, int32_t* status) {
     Engine& engine = *(Engine*)handle;
@@ -112,20 +115,20 @@ EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, c
         try {
             Planes planes;
             Status result = read_sample(fd, offsets[i], sizes[i], check, worker.bytes);
-            Source source{worker.bytes.data(), sizes[i], widths[i], heights[i], jpeg[i] != 0};
+            Source source{worker.bytes.data(), sizes[i], widths[i], heights[i], channels, jpeg[i] != 0};
             if (result == kOk)
                 result = worker.decoder.decode(source, shrink_for(geometry + i * cuts * 8, cut_sizes, cuts), planes);
             uint8_t* target = out + i * out_stride;
             for (int v = 0; v < cuts && result == kOk; v++) {
                 const double* g = geometry + (i * cuts + v) * 8;
-                Cut cut{g[0], g[1], g[2], g[3], (int)g[4], (int)g[5], (int)g[6], (int)g[7], flips[i * cuts + v] != 0, cut_sizes[v]};
+                Cut cut{g[0], g[1], g[2], g[3], (int)g[4], (int)g[5], (int)g[6], (int)g[7], flips[i * cuts + v] != 0, cut_sizes[v], channels};
                 if (cut.clip_x < 0 || cut.clip_y < 0 || cut.clip_width < 1 || cut.clip_height < 1 ||
                     cut.clip_x + cut.clip_width > widths[i] || cut.clip_y + cut.clip_height > heights[i] ||
                     !(cut.width > 0) || !(cut.height > 0))
                     result = kBadBox;
                 else
                     engine.kernels->resample(planes, cut, worker.scratch, target);
-                target += (size_t)3 * cut_sizes[v] * cut_sizes[v];
+                target += (size_t)channels * cut_sizes[v] * cut_sizes[v];
             }
             status[i] = result;
         } catch (const std::bad_alloc&) {
@@ -137,23 +140,23 @@ EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, c
     });
 }
 
-// Photometrics of n x views views, as laid out by mokd_cut: view v of sample i goes to outs[v] + i * 3 * size^2 numbers of
-// `type` (see kernels.h).
+// Photometrics of n x views views, as laid out by mokd_cut: view v of sample i goes to outs[v] + i * channels * size^2 numbers
+// of `type` (see kernels.h).
 EXPORT void mokd_photometrics(void* handle, int64_t n, int views, const uint8_t* in, int64_t in_stride, const int32_t* sizes,
-                              const Photometric* parameters, float threshold, const float* mean, const float* std, int type,
-                              uint8_t* const* outs) {
+                              const Photometric* parameters, float threshold, int channels, const float* mean, const float* std,
+                              int type, uint8_t* const* outs) {
     Engine& engine = *(Engine*)handle;
-    Finish finish{threshold, {}, {}, (Type)type};
-    for (int c = 0; c < 3; c++) {
+    Finish finish{threshold, {}, {}, channels, (Type)type};
+    for (int c = 0; c < channels; c++) {
         finish.scale[c] = 1.0f / (255.0f * std[c]);
         finish.shift[c] = -mean[c] / std[c];
     }
     engine.pool.run(n * views, [&](int64_t task, int thread) {
         int64_t i = task / views;
         int v = (int)(task % views);
-        int64_t start = 0, pixels = (int64_t)3 * sizes[v] * sizes[v];
-        for (int before = 0; before < v; before++) start += (int64_t)3 * sizes[before] * sizes[before];
+        int64_t start = 0, numbers = (int64_t)channels * sizes[v] * sizes[v];
+        for (int before = 0; before < v; before++) start += (int64_t)channels * sizes[before] * sizes[before];
         engine.kernels->photometrics(in + i * in_stride + start, sizes[v], parameters[task], finish,
-                                     engine.workers[thread]->scratch, outs[v] + i * pixels * finish.bytes());
+                                     engine.workers[thread]->scratch, outs[v] + i * numbers * finish.bytes());
     });
 }

@@ -20,11 +20,12 @@ constexpr int kRing = 2 * kReach;     // rows that a blur along y may need at a 
 static inline float clamp255(float x) { return std::min(std::max(x, 0.0f), 255.0f); }
 static inline float grey_of(float r, float g, float b) { return 0.299f * r + 0.587f * g + 0.114f * b; }
 
-// One row of a view, or a part of it: three channels of n floats.
+// One row of a view: its channels, n floats each, `stride` floats apart.
 struct Row {
-    float *r, *g, *b;
-    int n;
-    float* channel(int c) const { return c == 0 ? r : c == 1 ? g : b; }
+    float* first;
+    size_t stride;
+    int n, channels;
+    float* channel(int c) const { return first + c * stride; }
 };
 
 // Every channel becomes base + factor * (channel - base), cut to 0..255.
@@ -34,7 +35,7 @@ static void blend(float* __restrict x, int n, float base, float factor) {
 }
 
 static void saturate(const Row& row, float factor) {
-    float *__restrict r = row.r, *__restrict g = row.g, *__restrict b = row.b;
+    float *__restrict r = row.channel(0), *__restrict g = row.channel(1), *__restrict b = row.channel(2);
     for (int i = 0; i < row.n; i++) {
         float rest = (1.0f - factor) * grey_of(r[i], g[i], b[i]);
         r[i] = clamp255(rest + factor * r[i]);
@@ -52,7 +53,7 @@ static inline float hsv_channel(float n, float h, float value, float chroma) {
 }
 
 static void shift_hue(const Row& row, float turn) {
-    float *__restrict r = row.r, *__restrict g = row.g, *__restrict b = row.b;
+    float *__restrict r = row.channel(0), *__restrict g = row.channel(1), *__restrict b = row.channel(2);
     for (int i = 0; i < row.n; i++) {
         float red = r[i], green = g[i], blue = b[i];
         float value = std::max(std::max(red, green), blue), low = std::min(std::min(red, green), blue);
@@ -70,31 +71,43 @@ static void shift_hue(const Row& row, float turn) {
 }
 
 // The jitter operations begin .. end - 1 in the order of the view; `base` is what the contrast works towards.
+// Saturation and hue are of three channels alone.
 static void jitter(const Row& row, const Photometric& p, int begin, int end, float base) {
     for (int step = begin; step < end; step++) {
         float factor = p.factor[p.order[step]];
         switch (p.order[step]) {
             case 0:
             case 1:
-                for (int c = 0; c < 3; c++) blend(row.channel(c), row.n, p.order[step] == 0 ? 0.0f : base, factor);
+                for (int c = 0; c < row.channels; c++) blend(row.channel(c), row.n, p.order[step] == 0 ? 0.0f : base, factor);
                 break;
-            case 2: saturate(row, factor); break;
-            case 3: shift_hue(row, factor); break;
+            case 2:
+                if (row.channels == 3) saturate(row, factor);
+                break;
+            case 3:
+                if (row.channels == 3) shift_hue(row, factor);
+                break;
         }
     }
 }
 
 static void load_row(const uint8_t* in, int y, int size, const Row& row) {
-    for (int c = 0; c < 3; c++) {
+    for (int c = 0; c < row.channels; c++) {
         const uint8_t* __restrict from = in + ((size_t)c * size + y) * size;
         float* __restrict to = row.channel(c);
         for (int i = 0; i < size; i++) to[i] = (float)from[i];
     }
 }
 
+// The sum of the grey levels of a row: luma of three channels, the mean of any other number.
 static float grey_sum(const Row& row) {
+    if (row.channels != 3) {
+        double sum = 0.0;
+        for (int c = 0; c < row.channels; c++)
+            for (int i = 0; i < row.n; i++) sum += row.channel(c)[i];
+        return (float)(sum / row.channels);
+    }
     constexpr int kWays = 32;
-    const float *__restrict r = row.r, *__restrict g = row.g, *__restrict b = row.b;
+    const float *__restrict r = row.channel(0), *__restrict g = row.channel(1), *__restrict b = row.channel(2);
     float sums[kWays] = {}, sum = 0.0f;
     int i = 0;
     for (; i + kWays <= row.n; i += kWays)
@@ -114,12 +127,14 @@ static uint32_t byte_sum(const uint8_t* __restrict x, int n) {
 static float contrast_base(const uint8_t* in, int size, const Photometric& p, int before, const Row& row) {
     int n = size * size;
     if (before == 0) {
-        double sums[3];
-        for (int c = 0; c < 3; c++) {
-            sums[c] = 0.0;
-            for (int y = 0; y < size; y++) sums[c] += byte_sum(in + (size_t)c * n + (size_t)y * size, size);
+        constexpr double luma[3] = {0.299, 0.587, 0.114};
+        double sum = 0.0;
+        for (int c = 0; c < row.channels; c++) {
+            double bytes = 0.0;
+            for (int y = 0; y < size; y++) bytes += byte_sum(in + (size_t)c * n + (size_t)y * size, size);
+            sum += bytes * (row.channels == 3 ? luma[c] : 1.0 / row.channels);
         }
-        return (float)((0.299 * sums[0] + 0.587 * sums[1] + 0.114 * sums[2]) / n);
+        return (float)(sum / n);
     }
     double sum = 0.0;
     for (int y = 0; y < size; y++) {
@@ -158,7 +173,7 @@ static void blur_column(const float* ring, size_t stride, int y, int size, int p
 
 // Solarises, normalises and writes row y of the result.
 static void finish_row(const Row& row, int y, int size, bool solarize, const Finish& finish, uint8_t* out) {
-    for (int c = 0; c < 3; c++) {
+    for (int c = 0; c < row.channels; c++) {
         float* __restrict x = row.channel(c);
         float scale = finish.scale[c], shift = finish.shift[c], threshold = finish.threshold;
         if (solarize)
@@ -181,21 +196,23 @@ static void finish_row(const Row& row, int y, int size, bool solarize, const Fin
 static void photometrics(const uint8_t* in, int size, const Photometric& p, const Finish& finish, Scratch& scratch,
                          uint8_t* out) {
     int padded = (size + 15) / 16 * 16;
-    size_t line_floats = padded + 2 * kReach;
-    scratch.filtered.resize(3 * (size_t)padded + line_floats + (p.taps > 1 ? (size_t)kRing * 3 * padded : 0));
-    float *colours = scratch.filtered.data(), *line = colours + 3 * padded + kReach;
-    float* ring = colours + 3 * padded + line_floats;
-    Row row{colours, colours + padded, colours + 2 * padded, size};
+    size_t line_floats = padded + 2 * kReach, stride = (size_t)finish.channels * padded;  // of the ring: a whole row
+    scratch.filtered.resize(stride + line_floats + (p.taps > 1 ? kRing * stride : 0));
+    float *colours = scratch.filtered.data(), *line = colours + stride + kReach;
+    float* ring = colours + stride + line_floats;
+    Row row{colours, (size_t)padded, size, finish.channels};
+    bool grey = p.grey && row.channels == 3;
 
     int steps = p.jitter ? 4 : 0, before = (int)(std::find(p.order, p.order + steps, 1) - p.order);
     float base = before < steps ? contrast_base(in, size, p, before, row) : 0.0f;
     auto change_colours = [&](int y) {
         load_row(in, y, size, row);
         jitter(row, p, 0, steps, base);
-        if (p.grey) {
-            for (int i = 0; i < size; i++) row.r[i] = grey_of(row.r[i], row.g[i], row.b[i]);
-            std::memcpy(row.g, row.r, size * sizeof(float));
-            std::memcpy(row.b, row.r, size * sizeof(float));
+        if (grey) {
+            float *r = row.channel(0), *g = row.channel(1), *b = row.channel(2);
+            for (int i = 0; i < size; i++) r[i] = grey_of(r[i], g[i], b[i]);
+            std::memcpy(g, r, size * sizeof(float));
+            std::memcpy(b, r, size * sizeof(float));
         }
     };
     if (p.taps <= 1) {
@@ -205,8 +222,7 @@ static void photometrics(const uint8_t* in, int size, const Photometric& p, cons
         }
         return;
     }
-    int reach = p.taps - 1, channels = p.grey ? 1 : 3;
-    size_t stride = 3 * (size_t)padded;
+    int reach = p.taps - 1, channels = grey ? 1 : row.channels;
     for (int y = 0; y < size + reach; y++) {
         if (y < size) {
             change_colours(y);
@@ -216,7 +232,7 @@ static void photometrics(const uint8_t* in, int size, const Photometric& p, cons
         if (y < reach) continue;
         for (int c = 0; c < channels; c++)
             blur_column(ring + (size_t)c * padded, stride, y - reach, size, padded, p, row.channel(c));
-        for (int c = channels; c < 3; c++) std::memcpy(row.channel(c), row.r, size * sizeof(float));
+        for (int c = channels; c < row.channels; c++) std::memcpy(row.channel(c), row.first, size * sizeof(float));
         finish_row(row, y - reach, size, p.solarize, finish, out);
     }
 }

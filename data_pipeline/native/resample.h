@@ -134,7 +134,7 @@ static void resample(const Planes& image, const Cut& cut, Scratch& scratch, uint
         widest = std::max(widest, axes[kind][0].high - axes[kind][0].low);
     }
     scratch.columns.resize((size_t)(widest + 2 * kLanes) * kLanes);
-    scratch.rows.resize((size_t)3 * size * kLanes);
+    scratch.rows.resize((size_t)std::max(image.count, 3) * size * kLanes);
     float* y = scratch.rows.data();
     float *u = y + (size_t)size * kLanes, *v = u + (size_t)size * kLanes;
     size_t area = (size_t)size * size;
@@ -144,7 +144,7 @@ static void resample(const Planes& image, const Cut& cut, Scratch& scratch, uint
             resample_rows(image.plane[p], axis[0], axis[1], row, size, scratch.columns.data(),
                           y + (size_t)p * size * kLanes);
         }
-        if (image.ycc) {
+        if (image.ycc && cut.channels == 3) {
             for (size_t i = 0; i < (size_t)size * kLanes; i += kLanes) {
                 Vec luma = load(y + i), blue = load(u + i) - splat(128.0f), red = load(v + i) - splat(128.0f);
                 store(y + i, fma(red, splat(1.402f), luma));
@@ -152,8 +152,8 @@ static void resample(const Planes& image, const Cut& cut, Scratch& scratch, uint
                 store(v + i, fma(blue, splat(1.772f), luma));
             }
         }
-        for (int c = 0; c < 3; c++)
-            write_rows(y + (image.count == 3 ? (size_t)c * size * kLanes : 0), row, size, out + c * area);
+        for (int c = 0; c < cut.channels; c++)
+            write_rows(y + (image.count > 1 ? (size_t)c * size * kLanes : 0), row, size, out + c * area);
     }
 }
 

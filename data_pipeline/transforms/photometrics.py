@@ -2,8 +2,9 @@
 
 Definitions are torchvision's and Pillow's. Pillow rounds to 8 bits after every operation and torchvision's hue goes
 through 8-bit HSV; here everything stays in floating point, and that is the whole difference. Three implementations
-share the parameters: the native library (CPU), `photometrics_triton` (GPU), and plain torch (any device, and the one
-to read first).
+share the parameters: the native library (CPU), `photometrics_triton` (GPU, three channels), and plain torch (any
+device, and the one to read first). Of other than three channels, saturation, hue and grey are left out, and contrast
+works towards the mean of all channels.
 """
 
 from __future__ import annotations
@@ -77,12 +78,13 @@ class CpuPhotometrics:
         self._sizes, self._memory = view_sizes(views), Recycler(keep=4)
 
     def __call__(self, packed: Packed) -> tuple[Tensor, ...]:
-        """One `[V_g, B, 3, S_g, S_g]` per group of views. Their memory is the caller's until it lets go of them."""
+        """One `[V_g, B, C, S_g, S_g]` per group of views. Their memory is the caller's until it lets go of them."""
         views, outs = self._views, []
         addresses: list[int] = []
         for group in views.groups:
             size = group.size_px
-            out = self._memory.empty((group.count, len(packed.crops), 3, size, size), self._dtype)
+            shape = (group.count, len(packed.crops), views.channels, size, size)
+            out = self._memory.empty(shape, self._dtype)
             outs.append(out)
             addresses += [out[v].data_ptr() for v in range(group.count)]
         parameters = packed.parameters.view(PHOTOMETRIC)
@@ -96,33 +98,37 @@ def photometrics_torch(
 ) -> tuple[Tensor, ...]:
     """The same in torch, on the device of `crops`: operations on the whole batch, chosen per view by its draws.
 
-    crops: uint8 `[B, sum 3 S_v^2]`. parameters: PHOTOMETRIC `[B, V]`.
+    crops: uint8 `[B, sum C S_v^2]`. parameters: PHOTOMETRIC `[B, V]`.
     """
     outs: list[Tensor] = []
-    start, first = 0, 0
+    start, first, channels = 0, 0, views.channels
     for group in views.groups:
         size, n = group.size_px, len(crops)
-        end = start + group.count * 3 * size * size
-        x = crops[:, start:end].reshape(n, group.count, 3, size, size).float()
+        end = start + group.count * channels * size * size
+        x = crops[:, start:end].reshape(n, group.count, channels, size, size).float()
         x = _change_colours(x, views, parameters[:, first : first + group.count])
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (views.mean, views.std))
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (views.mean, views.std))
         outs.append(((x / 255.0 - mean) / std).transpose(0, 1).contiguous().to(dtype))
         start, first = end, first + group.count
     return tuple(outs)
 
 
 def _change_colours(x: Tensor, views: ViewsConfig, p: NDArray[Any]) -> Tensor:
-    """x: `[B, V, 3, S, S]` in 0..255."""
+    """x: `[B, V, C, S, S]` in 0..255."""
+    colours = x.shape[-3] == 3  # saturation, hue and grey are of three channels alone
 
     def column(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(x.device)[..., None, None, None]
 
     for step in range(4):
         for operation, change in _CHANGES.items():
+            if operation in (SATURATION, HUE) and not colours:
+                continue
             chosen = (p["jitter"] > 0) & (p["order"][..., step] == operation)
             if chosen.any():
                 x = torch.where(column(chosen), change(x, column(p["factor"][..., operation])), x)
-    x = torch.where(column(p["grey"] > 0), _grey(x).expand_as(x), x)
+    if colours:
+        x = torch.where(column(p["grey"] > 0), _grey(x).expand_as(x), x)
     blurred = p["taps"] > 0
     if blurred.any():
         kernels = torch.from_numpy(np.ascontiguousarray(p["kernel"])).to(x.device)
@@ -131,6 +137,9 @@ def _change_colours(x: Tensor, views: ViewsConfig, p: NDArray[Any]) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:
+    """The grey level: luma of three channels, the mean of any other number."""
+    if x.shape[-3] != 3:
+        return x.mean(-3, keepdim=True)
     return (x * torch.tensor(_GREY, device=x.device).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
@@ -173,7 +182,7 @@ def _blur(x: Tensor, kernels: Tensor) -> Tensor:
     reach = KERNEL_TAPS - 1
     shape = x.shape
     full = torch.cat([kernels.flip(-1), kernels[..., 1:]], dim=-1).reshape(-1, 1, 2 * reach + 1)
-    full = full.repeat_interleave(3, 0)
+    full = full.repeat_interleave(shape[-3], 0)
     flat = x.reshape(1, -1, *shape[-2:])
     flat = torch.nn.functional.pad(flat, (reach, reach, reach, reach), mode="replicate")
     flat = torch.nn.functional.conv2d(flat, full[..., None, :], groups=len(full))

@@ -12,9 +12,6 @@ import typer
 from launcher.cli.console import messages, print_json
 from mokd.runs.progress import WorkProgress, duration
 
-# names of folders that hold parts of a data set rather than classes
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-
 
 def register(app: typer.Typer) -> None:
     """Adds the data commands."""
@@ -23,10 +20,19 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    sources: Annotated[list[Path], typer.Argument(help="image folders, then the beton to write")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="folders, .tar, .parquet, .arrow, lists (.csv, .tsv, .txt); then the output")
+    ],
     mode: Annotated[str, typer.Option(help="original: keep JPEG bytes; jpg: re-encode; raw: pixels")] = "original",
     max_resolution: Annotated[int | None, typer.Option(help="longest side in pixels; larger images are shrunk")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality where re-encoding is needed")] = 90,
+    channels: Annotated[int, typer.Option(help="3: RGB; 1: grey; another number: that of the images, stored raw")] = 3,
+    bits: Annotated[int | None, typer.Option(help="bits that 16-bit pixels use, where the files do not say")] = None,
+    image_column: Annotated[str | None, typer.Option(help="of tables, where it is in doubt")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of tables, where it is in doubt")] = None,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="write nothing: mean and deviation of the sources, for views")
+    ] = False,
     subset: Annotated[float | None, typer.Option(help="keep this part of every class, for example 0.01")] = None,
     seed: Annotated[int, typer.Option(help="chooses the subset")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="an image that cannot be used is an error")] = False,
@@ -35,17 +41,21 @@ def convert(
     workers: Annotated[int | None, typer.Option(help="default: the cores of this process")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Convert image folders to one beton: SOURCE [SOURCE ...] OUTPUT."""
+    """Convert images to one beton: SOURCE [SOURCE ...] OUTPUT."""
     from data_pipeline.beton.convert import ConvertOptions
     from data_pipeline.beton.convert import convert as run
     from data_pipeline.core.errors import UserError
 
-    if len(sources) < 2:
+    if len(sources) < 2 and not statistics:
         raise UserError("convert: give an image folder and the output, for example: mokd convert train/ train.beton")
     options = ConvertOptions(
         mode=mode,  # type: ignore[arg-type]
         max_resolution=max_resolution,
         quality=quality,
+        channels=channels,
+        bits=bits,
+        image_column=image_column,
+        label_column=label_column,
         subset=subset,
         seed=seed,
         strict=strict,
@@ -53,6 +63,9 @@ def convert(
         resume=resume,
         workers=workers,
     )
+    if statistics:
+        _show_statistics(sources, options, as_json)
+        return
     with WorkProgress("convert") as progress:
         report = run(sources[:-1], sources[-1], options, progress.update, _announce)
     if as_json:
@@ -69,8 +82,25 @@ def convert(
     )
 
 
+def _show_statistics(sources: Sequence[Path], options: Any, as_json: bool) -> None:
+    from data_pipeline.beton.statistics import statistics
+
+    with WorkProgress("statistics") as progress:
+        found = statistics(sources, options, progress.update)
+    if as_json:
+        print_json(asdict(found))
+        return
+    for skipped in found.skipped:
+        messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False)
+    print(f"views.mean=[{', '.join(f'{value:.4f}' for value in found.mean)}]")
+    print(f"views.std=[{', '.join(f'{value:.4f}' for value in found.std)}]")
+    messages.print(f"of {found.images} images, {len(found.skipped)} skipped", markup=False)
+
+
 def about_classes(classes: Sequence[str], unlabelled: int) -> list[str]:
     """What a person should know of the classes that were found."""
+    from data_pipeline.beton.sources import SPLITS
+
     if not classes:
         return ["no classes: the images lie in no sub-folders, and have no labels"]
     shown = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")

@@ -88,7 +88,7 @@ def views(
     from data_pipeline.sampling.order import subset
 
     check_path(config.data.train, config.data.backend)
-    samples = open_samples(config.data.train)
+    samples = open_samples(config.data.train, config.data.channels)
     kept = subset(samples.size, config.data.limit)
     chosen = kept[np.linspace(0, len(kept) - 1, min(images, len(kept))).astype(int)].tolist()
     picture, facts = view_picture(samples, config.views, config.seed, epoch, chosen)

@@ -98,7 +98,7 @@ def _outputs(backbone: Any, images: int, size_px: int, modules: list[Any]) -> li
 
     handles = [module.register_forward_hook(see) for module in modules]
     try:
-        backbone(torch.empty(images, 3, size_px, size_px, device="meta"))
+        backbone(torch.empty(images, backbone.channels, size_px, size_px, device="meta"))
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from data_pipeline.config import DataConfig, ViewsConfig
+from data_pipeline.config import DataConfig, ViewsConfig, check_channels
 from data_pipeline.core import schema
 from data_pipeline.core.schema import NonNegativeInt, StrictModel
 from mokd.config.branches import BranchConfig
@@ -57,6 +57,7 @@ class RunConfig(StrictModel):
             raise ValueError(f"branches: names must differ, given {', '.join(names)}")
         if self.views.global_crops.count < 2:
             raise ValueError("views.global_crops.count: the method needs at least 2 global views")
+        check_channels(self.data, self.views)
         self.objective.check_run(self)
         return self
 

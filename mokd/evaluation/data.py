@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.beton.samples import Samples, open_samples
+from data_pipeline.config import DataConfig
 from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import Backend, check_path, usable_backend
 from data_pipeline.sampling.order import Int64Array, contiguous_part, subset
@@ -47,7 +48,9 @@ class LabelledSet:
         return contiguous_part(self.size, rank, world_size)
 
 
-def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | None = None) -> LabelledSet:
+def open_labelled(
+    key: str, path: Path | None, backend: Backend, limit: int | None = None, channels: int = 3
+) -> LabelledSet:
     """The labelled data set that the configuration's `key` names; a folder of images is read by the reference loader.
 
     UserError when there is none, or an image has no label.
@@ -56,7 +59,7 @@ def open_labelled(key: str, path: Path | None, backend: Backend, limit: int | No
         raise UserError(f"{key}: not set; give --{key.rsplit('.')[-1]} BETON")
     backend = "torchvision" if path.is_dir() else usable_backend(backend)
     check_path(path, backend)
-    samples = open_samples(path)
+    samples = open_samples(path, channels)
     ids = subset(samples.size, limit)
     labels = samples.labels[ids]
     if not samples.classes or (labels < 0).any():
@@ -93,13 +96,13 @@ def check_neighbours(ks: Sequence[int], train: LabelledSet) -> None:
 
 
 def open_pair(
-    section: EvaluationConfig, backend: Backend, *, for_monitor: bool = False
+    section: EvaluationConfig, data: DataConfig, *, for_monitor: bool = False
 ) -> tuple[LabelledSet, LabelledSet]:
     """`evaluation.train` and `evaluation.test`, checked. for_monitor: what is used of them while training."""
     key, limit = "train_limit", section.train_limit
     if for_monitor and section.monitor_train_limit is not None:
         key, limit = "monitor_train_limit", min(section.monitor_train_limit, limit or section.monitor_train_limit)
-    train = open_labelled("evaluation.train", section.train, backend, limit)
-    test = open_labelled("evaluation.test", section.test, backend, section.test_limit)
+    train = open_labelled("evaluation.train", section.train, data.backend, limit, data.channels)
+    test = open_labelled("evaluation.test", section.test, data.backend, section.test_limit, data.channels)
     check_pair(train, test, key)
     return train, test

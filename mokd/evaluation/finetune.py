@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, C]` of images `[B, 3, S, S]`."""
+        """Logits `[B, C]` of images `[B, channels, S, S]`."""
         return self.head(self.backbone(images).pooled)
 
 
@@ -186,4 +186,4 @@ def _optimizer(model: Classifier, kind: str, rates: RatesConfig, scale: float) -
 @torch.no_grad()
 def _pooled_width(backbone: Backbone, crop_px: int) -> int:
     skeleton = copy.deepcopy(backbone).to("meta").eval()
-    return int(skeleton(torch.zeros(1, 3, crop_px, crop_px, device="meta")).pooled.shape[1])
+    return int(skeleton(torch.zeros(1, backbone.channels, crop_px, crop_px, device="meta")).pooled.shape[1])

@@ -129,7 +129,7 @@ class OnlineEvaluation:
     def _open(self) -> tuple[LabelledSet, LabelledSet]:
         if self._sets is None:
             section = self._config.evaluation
-            self._sets = open_pair(section, self._config.data.backend, for_monitor=True)
+            self._sets = open_pair(section, self._config.data, for_monitor=True)
             check_neighbours(section.knn.k, self._sets[0])
         return self._sets
 

@@ -74,7 +74,11 @@ def _untrained(branch: BranchConfig, config: RunConfig) -> Subject:
             # the weights from which the branch started
             torch.manual_seed(derive_seed(config.seed, "initial weights", branch.name))
             return build_backbone(
-                branch, config.views.global_crops.size_px, drop_path=drop_path, images_per_rank=images_per_rank
+                branch,
+                config.views.global_crops.size_px,
+                drop_path=drop_path,
+                images_per_rank=images_per_rank,
+                channels=config.data.channels,
             )
 
     return Subject(branch.name, "scratch", 0, "", _identity(branch, config, seed=config.seed), build)
@@ -97,7 +101,9 @@ def from_file(path: Path, config: RunConfig) -> list[Subject]:
 def _empty(branch: BranchConfig, config: RunConfig, drop_path: float, images_per_rank: int) -> Backbone:
     with torch.random.fork_rng():
         image_px = config.views.global_crops.size_px
-        return build_backbone(branch, image_px, drop_path=drop_path, images_per_rank=images_per_rank)
+        return build_backbone(
+            branch, image_px, drop_path=drop_path, images_per_rank=images_per_rank, channels=config.data.channels
+        )
 
 
 def chosen(subjects: Sequence[Subject], branches: Sequence[str]) -> list[Subject]:

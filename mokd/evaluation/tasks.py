@@ -29,13 +29,13 @@ def place_data(raw: dict[str, Any], task: str, train: Path | None, test: Path | 
 
 def open_data(config: RunConfig, task: str) -> tuple[LabelledSet, LabelledSet]:
     """The training and test set of a task, checked."""
-    section, backend = config.evaluation, config.data.backend
+    section, data = config.evaluation, config.data
     if task == "transfer":
-        train = open_labelled("evaluation.transfer.train", section.transfer.train, backend)
-        test = open_labelled("evaluation.transfer.test", section.transfer.test, backend)
+        train = open_labelled("evaluation.transfer.train", section.transfer.train, data.backend, None, data.channels)
+        test = open_labelled("evaluation.transfer.test", section.transfer.test, data.backend, None, data.channels)
         check_pair(train, test)
         return train, test
-    train, test = open_pair(section, backend)
+    train, test = open_pair(section, data)
     if task == "knn":
         check_neighbours(section.knn.k, train)
     return train, test

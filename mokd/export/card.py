@@ -28,7 +28,15 @@ def card(source: Source, kind: str, load: str, difference: float) -> str:
     lines += [f"* {name}: {text}" for name, text in facts.items()]
     preparation = json.dumps(source.preprocessing())
     lines += ["", "Images are prepared so:", "", "```json", preparation, "```", "", "In this folder, with `images` a"]
-    lines += ["normalised float32 array `[B, 3, S, S]`:", "", "```python", load.rstrip(), "```", "", *_measured(source)]
+    lines += [
+        f"normalised float32 array `[B, {source.backbone.channels}, S, S]`:",
+        "",
+        "```python",
+        load.rstrip(),
+        "```",
+        "",
+        *_measured(source),
+    ]
     if branch.init:
         lines += ["", "The weights it started from have a licence of their own, which goes on to hold."]
     return "\n".join(lines).rstrip() + "\n"

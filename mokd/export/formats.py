@@ -1,6 +1,6 @@
 """The formats: what is written into a folder, and the lines that read it with nothing of ours installed.
 
-`load` gives a program that is given `images` `[B, 3, S, S]` (normalised, float32 numpy) and the current
+`load` gives a program that is given `images` `[B, C, S, S]` (normalised, float32 numpy) and the current
 directory, and leaves `features` `[B, D]` as a numpy array. The same lines stand in the model card and are run to check
 the export.
 """
@@ -67,7 +67,8 @@ config = json.load(open("config.json"))
 model = timm.create_model(config["architecture"], **config["arguments"])
 """
 _SMALL_STEM = """\
-model.conv1 = torch.nn.Conv2d(3, model.bn1.num_features, 3, config["small_stem_stride"], padding=1, bias=False)
+channels, stride = config["arguments"].get("in_chans", 3), config["small_stem_stride"]
+model.conv1 = torch.nn.Conv2d(channels, model.bn1.num_features, 3, stride, padding=1, bias=False)
 model.maxpool = torch.nn.Identity()
 """
 _RUN = """\
@@ -139,7 +140,7 @@ def _write_onnx(source: Source, folder: Path) -> None:
         try:
             program = torch.onnx.export(
                 _Pooled(source.backbone).eval(),
-                (torch.zeros(2, 3, px, px),),
+                (torch.zeros(2, source.backbone.channels, px, px),),
                 dynamo=True,
                 input_names=["images"],
                 output_names=["features"],
@@ -175,7 +176,7 @@ def _write_huggingface(source: Source, folder: Path) -> None:
     preprocessing = source.preprocessing()
     save_file(_timm_weights(source), folder / WEIGHTS, metadata={"format": "pt"})
     pretrained = {
-        "input_size": [3, source.image_px, source.image_px],
+        "input_size": [source.backbone.channels, source.image_px, source.image_px],
         "fixed_input_size": source.backbone.is_sequence,
         "interpolation": preprocessing["interpolation"],
         "crop_pct": preprocessing["crop_px"] / preprocessing["resize_px"],

@@ -33,7 +33,7 @@ def largest_difference(source: Source, folder: Path, load: str) -> float:
 
     UserError when the export cannot be read, or differs by more than `TOLERANCE`.
     """
-    shape = (IMAGES, 3, source.image_px, source.image_px)
+    shape = (IMAGES, source.backbone.channels, source.image_px, source.image_px)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         own = source.backbone(images).pooled.numpy()

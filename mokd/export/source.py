@@ -42,7 +42,7 @@ class Source:
 
     def timm_arguments(self) -> dict[str, Any]:
         """What `timm.create_model` takes besides the name."""
-        return timm_arguments(self.branch, self.image_px)
+        return timm_arguments(self.branch, self.image_px, self.config.data.channels)
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """The state dict of the whole network, heads included; the backbone's keys begin with `backbone.net.`."""
@@ -54,7 +54,7 @@ class Source:
         """How images become the network's input, as `mokd eval` prepares them."""
         views, evaluation = self.config.views, self.config.evaluation
         return {
-            "channels": "RGB",
+            "channels": {1: "grey", 3: "RGB"}.get(views.channels, views.channels),
             "range": [0.0, 1.0],
             "mean": list(views.mean),
             "std": list(views.std),

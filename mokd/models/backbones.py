@@ -50,14 +50,14 @@ class Features:
 class Backbone(nn.Module):
     """A timm network without classifier. The network is the submodule `net`; its key names are timm's own.
 
-    channels_last: whether it computes in NHWC memory order.
+    channels: of its images. channels_last: whether it computes in NHWC memory order.
     """
 
     channels_last = False
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, channels: int = 3) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.channels = net, channels
         self.prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
         self.width = int(net.num_features)  # type: ignore[arg-type]
 
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         return self.prefix_tokens > 0
 
     def forward(self, images: Tensor) -> Features:
-        """Features of images `[B, 3, S, S]`."""
+        """Features of images `[B, channels, S, S]`."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         dense = self.net.forward_features(images)  # type: ignore[operator]
@@ -93,13 +93,13 @@ class BackboneShapes:
     grids: dict[int, int]
 
 
-def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Module:
+def create_net(config: BranchConfig, image_px: int, drop_path: float, channels: int = 3) -> nn.Module:
     """The timm network of a branch, randomly initialised; UserError when timm does not know it or its options."""
     entry = f"branches.{config.name}.backbone"
     if not timm.is_model(config.backbone):
         near = timm.list_models(f"*{config.backbone.split('_')[0].rstrip('0123456789oO')}*")[:4]
         raise UserError(f"{entry}: timm has no model '{config.backbone}'; similar: {', '.join(near) or 'none'}")
-    options: dict[str, Any] = {"num_classes": 0, **config.backbone_options}
+    options = _options(config, channels)
     if drop_path:
         options["drop_path_rate"] = drop_path
     error: Exception | None = None
@@ -117,8 +117,12 @@ def create_net(config: BranchConfig, image_px: int, drop_path: float) -> nn.Modu
     if isinstance(token := getattr(net, "cls_token", None), nn.Parameter):
         nn.init.trunc_normal_(token, std=0.02)  # timm's 1e-6 makes all class tokens zero at first
     if config.stem != "default":
-        _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], entry)
+        _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], channels, entry)
     return net
+
+
+def _options(config: BranchConfig, channels: int) -> dict[str, Any]:
+    return {"num_classes": 0, **({} if channels == 3 else {"in_chans": channels}), **config.backbone_options}
 
 
 def _size_options(image_px: int) -> tuple[dict[str, Any], ...]:
@@ -126,9 +130,9 @@ def _size_options(image_px: int) -> tuple[dict[str, Any], ...]:
     return {"dynamic_img_size": True, "img_size": image_px}, {"img_size": image_px}, {}
 
 
-def timm_arguments(config: BranchConfig, image_px: int) -> dict[str, Any]:
+def timm_arguments(config: BranchConfig, image_px: int, channels: int = 3) -> dict[str, Any]:
     """What `timm.create_model` takes besides the name for the network that `create_net` builds, for a known branch."""
-    options = {"num_classes": 0, **config.backbone_options}
+    options = _options(config, channels)
     with torch.device("meta"):
         for extra in _size_options(image_px):
             try:
@@ -139,14 +143,16 @@ def timm_arguments(config: BranchConfig, image_px: int) -> dict[str, Any]:
     raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them")
 
 
-def build_backbone(config: BranchConfig, image_px: int, *, drop_path: float, images_per_rank: int) -> Backbone:
+def build_backbone(
+    config: BranchConfig, image_px: int, *, drop_path: float, images_per_rank: int, channels: int = 3
+) -> Backbone:
     """The backbone of a student (with its stochastic depth) or of a teacher (drop_path 0)."""
-    net = create_net(config, image_px, drop_path)
+    net = create_net(config, image_px, drop_path, channels)
     for parent in list(net.modules()):
         for name, child in parent.named_children():
             if isinstance(child, DropPath):
                 setattr(parent, name, SampleDropPath(float(child.drop_prob or 0.0), images_per_rank))
-    return Backbone(net)
+    return Backbone(net, channels)
 
 
 def build_for_views(
@@ -156,23 +162,30 @@ def build_for_views(
     the sizes of what it says of every view.
     """
     global_px = views.global_crops.size_px
-    shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups])
-    drop_path = config.drop_path if student else 0.0
-    backbone = build_backbone(config, global_px, drop_path=drop_path, images_per_rank=images_per_rank)
+    shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups], views.channels)
+    backbone = build_backbone(
+        config,
+        global_px,
+        drop_path=config.drop_path if student else 0.0,
+        images_per_rank=images_per_rank,
+        channels=views.channels,
+    )
     if config.init is not None:
         load_weights(backbone, config.init, f"branches.{config.name}")
     return backbone, shapes
 
 
-def measure_shapes(config: BranchConfig, image_px: int, crop_sizes_px: Iterable[int]) -> BackboneShapes:
+def measure_shapes(
+    config: BranchConfig, image_px: int, crop_sizes_px: Iterable[int], channels: int = 3
+) -> BackboneShapes:
     """Runs the network without data or memory on every crop size; UserError naming the size it cannot take."""
     grids: dict[int, int] = {}
     features: Features | None = None
     with torch.device("meta"), torch.no_grad():
-        backbone = Backbone(create_net(config, image_px, 0.0)).eval()
+        backbone = Backbone(create_net(config, image_px, 0.0, channels), channels).eval()
         for size in crop_sizes_px:
             try:
-                features = backbone(torch.zeros(2, 3, size, size))
+                features = backbone(torch.zeros(2, channels, size, size))
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise UserError(
                     f"branches.{config.name}: '{config.backbone}' cannot take crops of {size} px: {_line(error)}; "
@@ -239,12 +252,12 @@ def _backbone_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _use_small_stem(net: nn.Module, stride: int, entry: str) -> None:
+def _use_small_stem(net: nn.Module, stride: int, channels: int, entry: str) -> None:
     norm, pool = getattr(net, "bn1", None), getattr(net, "maxpool", None)
     if not hasattr(net, "conv1") or not isinstance(norm, nn.BatchNorm2d) or pool is None:
         raise UserError(f"{entry}: stems for small images are for ResNets; this network has no 'conv1' and 'maxpool'")
     # as wide as what it replaces: a deep stem's last layer, or the only one
-    stem = nn.Conv2d(3, norm.num_features, kernel_size=3, stride=stride, padding=1, bias=False)
+    stem = nn.Conv2d(channels, norm.num_features, kernel_size=3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     net.conv1, net.maxpool = stem, nn.Identity()
 

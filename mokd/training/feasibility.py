@@ -29,7 +29,7 @@ def images_per_rank(config: RunConfig, world_size: int) -> int:
 
 def data_identity(config: RunConfig) -> dict[str, Any]:
     """What a resumed run's training images must have in common with the checkpoint's: size, and a beton's content."""
-    samples = open_samples(config.data.train)
+    samples = open_samples(config.data.train, config.data.channels)
     facts: dict[str, Any] = {"dataset_size": min(samples.size, config.data.limit or sys.maxsize)}
     if not config.data.train.is_dir():  # a folder is known by paths and times, which a copy changes
         facts["data.fingerprint"] = samples.fingerprint()
@@ -47,7 +47,8 @@ def check(config: RunConfig, world_size: int) -> None:
     """UserError, in one line, for a run that cannot work: batch, data, network and crop sizes."""
     check_shard_groups(config, world_size)
     per_rank = images_per_rank(config, world_size)
-    size = min(count_samples(config.data.train, config.data.backend), config.data.limit or sys.maxsize)
+    data = config.data
+    size = min(count_samples(data.train, data.backend, data.channels), data.limit or sys.maxsize)
     if size < config.optim.global_batch:
         raise UserError(
             f"optim.global_batch: {config.optim.global_batch} images per step, but {config.data.train} holds {size}"
@@ -56,7 +57,7 @@ def check(config: RunConfig, world_size: int) -> None:
     if per_rank // config.optim.accumulate < 2 and world_size == 1:
         raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")
     if config.evaluation.every_epochs:
-        train, _ = open_pair(config.evaluation, config.data.backend, for_monitor=True)
+        train, _ = open_pair(config.evaluation, config.data, for_monitor=True)
         check_neighbours(config.evaluation.knn.k, train)
     _check_networks(config)
 
@@ -73,7 +74,9 @@ def _check_networks(config: RunConfig) -> None:
         sizes.append(config.evaluation.crop_px)
     for branch in config.branches:
         global_px = config.views.global_crops.size_px
-        measure_shapes(branch, global_px, sizes)
+        measure_shapes(branch, global_px, sizes, config.data.channels)
         if branch.init is not None:
-            backbone = build_backbone(branch, global_px, drop_path=0.0, images_per_rank=1)
+            backbone = build_backbone(
+                branch, global_px, drop_path=0.0, images_per_rank=1, channels=config.data.channels
+            )
             load_weights(backbone, branch.init, f"branches.{branch.name}")

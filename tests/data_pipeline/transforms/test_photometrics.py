@@ -26,13 +26,16 @@ VIEWS = ViewsConfig(
     mean=(0.0, 0.1, 0.2),
     std=(1.0, 0.5, 2.0),
 )
+# of other than three channels: no colours, which would be left out
+FOUR = VIEWS.model_copy(update={"mean": (0.0, 0.1, 0.2, 0.3), "std": (1.0, 0.5, 2.0, 1.5)})
+GREY = VIEWS.model_copy(update={"mean": (0.1,), "std": (0.5,)})
 STEP = 1 / 255
 
 
-def packed_batch(samples: int = 12) -> Packed:
-    draws = draw_views(VIEWS, 1, 2, np.arange(samples), np.full(samples, 90), np.full(samples, 80))
+def packed_batch(samples: int = 12, views: ViewsConfig = VIEWS) -> Packed:
+    draws = draw_views(views, 1, 2, np.arange(samples), np.full(samples, 90), np.full(samples, 80))
     parameters = pack_parameters(draws).view(np.uint8)
-    row_bytes = int((3 * view_sizes(VIEWS).astype(np.int64) ** 2).sum())
+    row_bytes = int((views.channels * view_sizes(views).astype(np.int64) ** 2).sum())
     packed = Ring(1, samples, row_bytes, parameters.shape[1], pinned=False).next(
         np.arange(samples), np.zeros(samples, np.int64)
     )
@@ -43,9 +46,9 @@ def packed_batch(samples: int = 12) -> Packed:
     return packed
 
 
-def reference(packed: Packed) -> tuple[torch.Tensor, ...]:
+def reference(packed: Packed, views: ViewsConfig = VIEWS) -> tuple[torch.Tensor, ...]:
     parameters = packed.parameters.view(PHOTOMETRIC)
-    return photometrics_torch(torch.from_numpy(packed.crops), VIEWS, parameters, torch.float32)
+    return photometrics_torch(torch.from_numpy(packed.crops), views, parameters, torch.float32)
 
 
 def assert_close(found, expected, tolerance=0.02 * STEP) -> None:
@@ -61,6 +64,16 @@ def assert_close(found, expected, tolerance=0.02 * STEP) -> None:
 def test_native_equals_torch(kernels, threads):
     packed, engine = packed_batch(), Engine(threads, kernels)
     assert_close(CpuPhotometrics(VIEWS, torch.float32, engine)(packed), reference(packed))
+    engine.close()
+
+
+@pytest.mark.parametrize("kernels", ["generic", "avx2", None])
+@pytest.mark.parametrize("views", [GREY, FOUR])
+def test_native_equals_torch_on_other_than_three_channels(kernels, views):
+    packed, engine = packed_batch(views=views), Engine(2, kernels)
+    found = CpuPhotometrics(views, torch.float32, engine)(packed)
+    assert [group.shape[2] for group in found] == [views.channels] * 2
+    assert_close(found, reference(packed, views))
     engine.close()
 
 

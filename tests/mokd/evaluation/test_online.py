@@ -60,8 +60,8 @@ def test_training_is_the_same_with_evaluations_and_when_it_is_resumed(ranks: int
 
 def test_the_monitor_has_a_limit_of_its_own(beton: Path) -> None:
     def used(**changes: Any) -> tuple[int, int]:
-        section = tiny_config(beton, **labelled(beton), **changes).evaluation
-        sets = (open_pair(section, "ffcv", for_monitor=on)[0].size for on in (True, False))
+        config = tiny_config(beton, **labelled(beton), **changes)
+        sets = (open_pair(config.evaluation, config.data, for_monitor=on)[0].size for on in (True, False))
         return next(sets), next(sets)
 
     assert used() == (160, 160)

@@ -1,0 +1,51 @@
+"""A list of image files: a path and a class on every line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.beton.places import Found
+from data_pipeline.core.errors import UserError
+
+
+def images_listed(path: Path) -> Found:
+    """The images of a list: `.csv` (path,class), `.tsv`, or `.txt` (the last word of a line is the class).
+
+    Paths are relative to the list's folder. A first line `path,label` is a heading. Lists without classes have a path
+    alone on every line. UserError naming the line that is of another form.
+    """
+    found: Found = []
+    forms = set()
+    for number, row in _rows(path):
+        forms.add(len(row))
+        if len(row) > 2 or len(forms) > 1 or not all(row):
+            line = path.suffix.lower().replace(".txt", " ").replace(".csv", ",").replace(".tsv", "<tab>")
+            raise UserError(f"{path}: line {number}: expected path{line}class on every line, or a path alone on each")
+        found.append((row[1] if len(row) == 2 else None, path.parent / row[0]))
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    kind = path.suffix.lower()
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            if kind == ".txt":
+                rows = ([word.strip() for word in _words(line)] for line in file)
+            else:
+                reader = csv.reader(file, delimiter="," if kind == ".csv" else "\t")
+                rows = ([word.strip() for word in row] for row in reader)
+            for number, row in enumerate(rows, start=1):
+                heading = number == 1 and row[:1] and row[0].lower() in ("path", "file", "filename", "image")
+                if any(row) and not heading:
+                    yield number, row
+    except csv.Error as error:
+        raise UserError(f"{path}: not a list of images: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _words(line: str) -> list[str]:
+    """A path, which may hold blanks, and the class after it; a line of one word is a path."""
+    return line.strip().rsplit(maxsplit=1)
