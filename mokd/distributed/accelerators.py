@@ -20,7 +20,7 @@ ROOT = Path("/")
 def promised_gpus(ranks: Ranks, environ: Mapping[str, str] = os.environ) -> int | None:
     """GPUs of this node that the run counts on; None where nobody has said, and whatever there is will do.
 
-    Under SLURM without the launcher it is one for each rank: nobody asks a cluster for nodes to compute on CPUs unawares.
+    Under SLURM without the launcher it is one for each rank: nobody asks a cluster for nodes to use CPUs unawares.
     """
     if PROMISE in environ:
         try:

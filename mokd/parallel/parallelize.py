@@ -42,7 +42,7 @@ def parallelize(
     """Prepares networks, in place, for this rank: memory order, device, SyncBN, averaging of gradients."""
     if precision.channels_last:
         _use_channels_last(pair, weights_too=config.strategy == "ddp")
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         pair.student.to(device)
         pair.teacher.to(device)
         return single_process(pair)

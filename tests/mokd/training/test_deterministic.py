@@ -112,8 +112,8 @@ def test_training_gives_the_same_bits_with_it_on(kind: str, arithmetic: None) ->
 
 
 def test_no_operation_of_a_step_is_one_that_gpus_refuse(arithmetic: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The headline's networks on small crops, forwards, backwards, updates; the losses with the kernels of torch operations
-    (those of Triton have no atomic additions, which tests/gpu/test_kernels_compile.py sees in their code).
+    """The headline's networks on small crops, forwards, backwards, updates; the losses in torch operations (the code of
+    Triton's kernels has no atomic additions, as tests/gpu/test_kernels_compile.py sees).
     """
     small = ["optim.global_batch=2", "objective.prototypes=64", "optim.freeze_last_layer_epochs=0"]
     small += ["views.global_crops.size_px=64", "views.local_crops.size_px=32", "views.local_crops.count=2"]
