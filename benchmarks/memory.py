@@ -24,13 +24,13 @@ from mokd.config import RunConfig
 from mokd.distributed.accelerators import pick_device
 from mokd.distributed.process_group import Ranks
 
-_NO_ROOM = re.compile(r"out of memory|allocate memory|MemoryError|bad_alloc", re.IGNORECASE)
+NO_ROOM = re.compile(r"out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED", re.IGNORECASE)
 _SMALLEST = 2  # batch statistics of one image are no statistics
 
 
 def run(config: RunConfig, limit_mb: float | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The largest batch within `limit_mb` (default: the GPU's memory, or what this machine has available)."""
-    device = pick_device(Ranks())
+    device = pick_device(Ranks(), config.parallel.device)
     limit = limit_mb or _available_mb(device)
     trials: list[dict[str, Any]] = []
 
@@ -72,7 +72,7 @@ def _peak_mb(config: RunConfig, batch: int, limit_mb: float) -> float | None:
     if done.returncode == 0:
         return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
     # a killed process was most likely one too big
-    if done.returncode < 0 or _NO_ROOM.search(done.stderr):
+    if done.returncode < 0 or NO_ROOM.search(done.stderr):
         return None
     raise DataError(f"bench memory: batch {batch}: {done.stderr.strip().splitlines()[-1]}")
 

@@ -34,7 +34,7 @@ COMPUTED_WORLDS = (8, 64)
 
 def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     """Measures 1, 2 and 4 ranks as far as there are places for them; computes the rest."""
-    device = pick_device(Ranks())
+    device = pick_device(Ranks(), config.parallel.device)
     places = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
     worlds = [n for n in WORLDS if n <= places]
     threads = max(1, torch.get_num_threads() // worlds[-1])

@@ -23,7 +23,7 @@ from mokd.training.entry import leave_at_once
 def main(given: str, found: str, warmup: str, steps: str) -> None:
     config = load_config(Path(given))
     ranks = ranks_from_environment()
-    device = pick_device(ranks)
+    device = pick_device(ranks, config.parallel.device)
     torch.set_num_threads(config.parallel.threads_per_rank or 1)
     join(ranks, device, config.parallel.timeout_seconds)
     pair = Pair(config, device, ranks.world_size, ranks.rank)

@@ -52,13 +52,13 @@ QUICK = Effort(rounds=1, steps=1, warmup=1)
 
 def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     """Everything, for one rank of a configuration. DataError when contenders compute different losses."""
-    device = pick_device(Ranks())
+    device = pick_device(Ranks(), config.parallel.device)
     pairs = {"ours": Pair(config, device), "plain": Pair(config, device)}
     contenders: dict[str, Step] = {"ours": OurStep(pairs["ours"]), "plain": PlainStep(pairs["plain"])}
     views = pairs["ours"].views
     say("checking that both compute the same losses")
     step = same_losses(contenders, views, TOLERANCE[config.precision.compute])
-    seconds = _alternate(contenders, views, step, effort, device, say)
+    seconds = alternate(contenders, views, step, effort, device, say)
     with FlopCounterMode(display=False) as counter:
         contenders["plain"](views, step)  # which computes nothing twice that would count
     flops = counter.get_total_flops() / pairs["ours"].images
@@ -108,7 +108,7 @@ def same_losses(contenders: dict[str, Step], views: Sequence[Tensor], tolerance:
     return FIRST_STEP + 2
 
 
-def _alternate(
+def alternate(
     contenders: dict[str, Step], views: Sequence[Tensor], step: int, effort: Effort, device: torch.device, say: Say
 ) -> dict[str, list[float]]:
     """Seconds per step of every round."""

@@ -23,11 +23,12 @@ STEPS = 3
 _NEVER_TOUCHED = 512 << 20  # bytes that libraries reserve on a CPU, about, and that cost no memory
 
 
-def main(config: str, contender: str, limit_mb: str | None = None) -> None:
-    device = pick_device(Ranks())
+def main(given: str, contender: str, limit_mb: str | None = None) -> None:
+    config = load_config(Path(given))
+    device = pick_device(Ranks(), config.parallel.device)
     if limit_mb is not None:
         allow_no_more_than(float(limit_mb) * 2**20, device)
-    pair = Pair(load_config(Path(config)), device)
+    pair = Pair(config, device)
     step = {"ours": OurStep, "plain": PlainStep}[contender](pair)
     for number in range(STEPS):
         step(pair.views, FIRST_STEP + number)

@@ -13,14 +13,14 @@ from data_pipeline.core.errors import UserError
 from mokd.distributed.process_group import Ranks
 
 PROMISE = "MOKD_GPUS_PER_NODE"  # set by the launcher: what it asked the scheduler for
-WAYS_OUT = "to train on CPUs set parallel.device=cpu"
+WAYS_OUT = "to compute on CPUs set parallel.device=cpu"
 ROOT = Path("/")
 
 
 def promised_gpus(ranks: Ranks, environ: Mapping[str, str] = os.environ) -> int | None:
     """GPUs of this node that the run counts on; None where nobody has said, and whatever there is will do.
 
-    Under SLURM without the launcher it is one for each rank: nobody asks a cluster for nodes to train on CPUs unawares.
+    Under SLURM without the launcher it is one for each rank: nobody asks a cluster for nodes to use CPUs unawares.
     """
     if PROMISE in environ:
         try:

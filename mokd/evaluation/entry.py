@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack
 
 from data_pipeline.core.errors import DataError, UserError
-from mokd.distributed.accelerators import pick_device
+from mokd.distributed.accelerators import pick_device, promised_gpus
 from mokd.distributed.local_ranks import leave_at_once, supervise
 from mokd.distributed.process_group import (
     barrier,
@@ -22,7 +22,7 @@ from mokd.distributed.process_group import (
     use_own_cores,
 )
 from mokd.evaluation import results
-from mokd.evaluation.job import Job, Request, holding, perform, prepare, records_of
+from mokd.evaluation.job import Job, Request, configuration, holding, perform, prepare, records_of
 from mokd.evaluation.results import Evaluation
 from mokd.optim.precision import set_arithmetic
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER
@@ -53,7 +53,7 @@ def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
 
 def _as_rank(request: Request) -> tuple[Job, Evaluation]:
     ranks = ranks_from_environment()
-    device = pick_device(ranks)
+    device = pick_device(ranks, configuration(request).parallel.device, promised_gpus(ranks))
     join(ranks, device, JOIN_TIMEOUT_SECONDS)
     try:
         with ExitStack() as stack:

@@ -105,14 +105,22 @@ def holding(request: Request) -> Generator[Request]:
         yield replace(request, held=found.path.absolute())
 
 
+def configuration(request: Request) -> RunConfig:
+    """The run's configuration, or one for a file of weights, with what the request changes about it. UserError."""
+    _check_words(request)
+    from_weights = request.source.is_file()
+    file = request.source if from_weights else RunDirectory.open(request.source).config_file
+    raw = _config_for_weights(request) if from_weights else schema.read_yaml(file)
+    raw = schema.apply_overrides(raw, request.overrides)
+    tasks.place_data(raw, request.task, request.train, request.test)
+    return schema.validate(RunConfig, raw, str(file))
+
+
 def prepare(request: Request) -> Job:
     """All checks that need no network, of a request that is held. UserError for what cannot work."""
     from_weights = request.source.is_file()
-    run = RunDirectory(request.source) if from_weights else RunDirectory.open(request.source)
-    raw = _config_for_weights(request) if from_weights else schema.read_yaml(run.config_file)
-    raw = schema.apply_overrides(raw, request.overrides)
-    tasks.place_data(raw, request.task, request.train, request.test)
-    config = schema.validate(RunConfig, raw, str(request.source if from_weights else run.config_file))
+    run = RunDirectory(request.source)
+    config = configuration(request)
     train, test = tasks.open_data(config, request.task)
     subjects = (
         from_file(request.source, config) if from_weights else from_run(run, config, request.network, request.held)

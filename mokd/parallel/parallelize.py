@@ -42,7 +42,7 @@ def parallelize(
     """Prepares networks, in place, for this rank: memory order, device, SyncBN, averaging of gradients."""
     if precision.channels_last:
         _use_channels_last(pair, weights_too=config.strategy == "ddp")
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         pair.student.to(device)
         pair.teacher.to(device)
         return single_process(pair)
@@ -52,7 +52,7 @@ def parallelize(
     synchronize_batchnorm(pair.teacher, device)
     if config.strategy == "fsdp":
         return _shard(pair, config, precision, device)
-    return _replicate(pair, device, accumulate)
+    return _replicate(pair, device, accumulate, precision.deterministic)
 
 
 def _use_channels_last(pair: NetworkPair, *, weights_too: bool) -> None:
@@ -67,19 +67,20 @@ def _use_channels_last(pair: NetworkPair, *, weights_too: bool) -> None:
             backbone.to(memory_format=torch.channels_last)
 
 
-def _replicate(pair: NetworkPair, device: torch.device, accumulate: bool) -> ParallelCalls:
+def _replicate(pair: NetworkPair, device: torch.device, accumulate: bool, deterministic: bool) -> ParallelCalls:
     """DDP: everything on every rank, gradients averaged in buckets during the backward pass."""
     # the device, before anything takes references to parameters
     pair.student.to(device)
     pair.teacher.to(device)
     on_gpu = device.type == "cuda"
-    options = ddp_options(on_gpu=on_gpu, accumulate=accumulate)
+    options = ddp_options(on_gpu=on_gpu, accumulate=accumulate, deterministic=deterministic)
     student = DistributedDataParallel(pair.student, device_ids=[device] if on_gpu else None, **options)
     return ParallelCalls(student, lambda: pair.teacher.backbone, accumulating=student.no_sync)
 
 
-def ddp_options(*, on_gpu: bool, accumulate: bool) -> dict[str, Any]:
+def ddp_options(*, on_gpu: bool, accumulate: bool, deterministic: bool = False) -> dict[str, Any]:
     """The flags of DDP on either kind of device."""
+    same_bits = deterministic or not on_gpu
     return {
         # SyncBN keeps the buffers equal, so they need no broadcast
         _BUFFER_OPTION: False,
@@ -90,10 +91,10 @@ def ddp_options(*, on_gpu: bool, accumulate: bool) -> dict[str, Any]:
         # views of buckets they are averaged all the same.
         "gradient_as_bucket_view": True,
         # a static graph is learnt from the first backward pass, which would be one without averaging
-        "static_graph": on_gpu and not accumulate,
-        # On CPUs: without it DDP regroups its buckets after the first step, which changes the order of summation. A
-        # resumed run, whose first step is another one, would no longer be bit-identical.
-        "find_unused_parameters": not on_gpu,
+        "static_graph": not same_bits and not accumulate,
+        # Without it DDP regroups its buckets after the first step, which changes the order of summation. A resumed
+        # run, whose first step is another one, would no longer be bit-identical.
+        "find_unused_parameters": same_bits,
     }
 
 

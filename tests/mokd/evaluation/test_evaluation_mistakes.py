@@ -55,6 +55,27 @@ def test_arguments(run: RunDirectory) -> None:
     assert "evaluation.test: not set" in refusal(run, "evaluation.test=null")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_wanted_or_was_promised(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "a GPU is wanted, but rank 0 can use none" in refusal(run, "parallel.device=cuda")
+    monkeypatch.setenv("MOKD_GPUS_PER_NODE", "1")
+    assert "1 GPUs were promised here" in refusal(run)
+    monkeypatch.setenv("MOKD_GPUS_PER_NODE", "one")
+    assert "'one' is not a number" in refusal(run)
+    monkeypatch.setenv("MOKD_GPUS_PER_NODE", "1")
+    request = Request(run.path, network="scratch", overrides=("parallel.device=cpu", "evaluation.knn.k=[3]"))
+    evaluation, status = evaluate(request, 1)
+    assert (status, len(evaluation.results if evaluation else [])) == (0, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_local_ranks_take_the_device_of_the_configuration(run: RunDirectory, capfd: pytest.CaptureFixture[str]) -> None:
+    request = Request(run.path, network="scratch", overrides=("parallel.device=cuda",))
+    assert evaluate(request, 2) == (None, 2)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "a GPU is wanted, but rank 0 can use none" in line
+
+
 def test_more_neighbours_than_images(run: RunDirectory) -> None:
     assert "evaluation.knn.k: 161 neighbours" in refusal(run, "evaluation.knn.k=[20, 161]")
     assert "evaluation.knn.k: 30 neighbours, but" in refusal(run, "evaluation.train_limit=29")
