@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,13 +60,18 @@ def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objec
                 branch.loss_scale.load_state_tensors(scale.read)
 
 
-@torch.no_grad()
 def _fill(network: nn.Module, saved: SavedTensors) -> None:
-    into = network.state_dict()
-    if different := into.keys() ^ saved.keys():
+    if different := network.state_dict().keys() ^ saved.keys():
         raise RuntimeError(f"the checkpoint is of another network: {', '.join(sorted(different)[:3])}")
-    for key, value in into.items():
-        sharding.piece(value).copy_(saved.read(key, sharding.own_rows(value)))
+    fill(network, saved, saved.keys())
+
+
+@torch.no_grad()
+def fill(network: nn.Module, saved: SavedTensors, keys: Iterable[str]) -> None:
+    """Puts some saved tensors into a network; a rank reads only the rows that it holds."""
+    into = network.state_dict()
+    for key in keys:
+        sharding.piece(into[key]).copy_(saved.read(key, sharding.own_rows(into[key])))
 
 
 def _copy_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from data_pipeline.core.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, StrictModel
+from mokd.config.weights import parse_init
 
 
 class GroupConfig(StrictModel):
@@ -57,7 +57,13 @@ class BranchConfig(StrictModel):
         Literal["default", "cifar", "cifar_stride2"],
         Field(description="ResNets on small images: one 3x3 convolution, no pooling; stride 1 or 2"),
     ] = "default"
-    init: Annotated[Path | None, Field(description="backbone weights to start from (safetensors or state dict)")] = None
+    init: Annotated[
+        str | None,
+        Field(
+            description="backbone weights to start from: timm, hub:REPOSITORY, torchvision:WEIGHTS, run:RUN/BRANCH or "
+            "a file; see docs/weights.md"
+        ),
+    ] = None
     weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     mlp_head: MlpHeadConfig = MlpHeadConfig()
@@ -75,3 +81,10 @@ class BranchConfig(StrictModel):
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ValueError("a letter, then letters, digits, '_' or '-'")
         return name
+
+    @field_validator("init")
+    @classmethod
+    def _known_source(cls, init: str | None) -> str | None:
+        if init is not None:
+            parse_init(init)
+        return init

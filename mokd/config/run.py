@@ -23,6 +23,7 @@ from mokd.config.execution import (
     PrecisionConfig,
 )
 from mokd.config.objectives import AnyObjectiveConfig, DinoConfig
+from mokd.config.weights import absolute_init
 
 
 class RunConfig(StrictModel):
@@ -75,7 +76,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration with its paths as this working directory means them; a later call may come from another."""
     evaluation, transfer = config.evaluation, config.evaluation.transfer
     branches = [
-        branch.model_copy(update={"init": branch.init.absolute()}) if branch.init else branch
+        branch.model_copy(update={"init": absolute_init(branch.init)}) if branch.init else branch
         for branch in config.branches
     ]
     return config.model_copy(

@@ -27,6 +27,7 @@ from mokd.training import failure_report
 from mokd.training.feasibility import data_identity, images_per_rank
 from mokd.training.metric_logger import MetricLogger
 from mokd.training.step import NonFiniteLossError, TrainingStep
+from mokd.weights import initial
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Trainer:
         # the other ranks take the one that it has found, and read only what they need
         found = decided_by_main(lambda: search() if search else None)
         if found is None:
+            initial.load(self.run, self.config, self.branches)
             return 0
         state.check_identity(found, self.identity)
         if self.ranks.is_main:
