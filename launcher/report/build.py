@@ -13,6 +13,7 @@ from launcher.report.html import page, table
 from launcher.report.summary import COLUMNS, summary
 from launcher.report.timeline import timeline
 from launcher.runs.goodput import goodput
+from mokd.config import BranchConfig
 from mokd.runs import first_weights
 from mokd.runs.files import read_json
 from mokd.runs.metrics import read_metrics
@@ -50,7 +51,14 @@ def _run(number: int, run: RunDirectory) -> str:
     config, account = run.config(), goodput(run)
     marks = [float(attempt.first_step) for attempt in account.attempts[1:]]
     networks = [
-        [b.name, b.backbone, f"{b.weight:g}", b.optimizer.kind, first_weights.words(run, b)] for b in config.branches
+        [
+            b.name,
+            b.backbone,
+            f"{b.weight:g}",
+            _learns_by(b),
+            first_weights.words(run, b),
+        ]
+        for b in config.branches
     ]
     parts = [
         f'<section id="run-{number}" aria-labelledby="run-{number}-name">'
@@ -69,6 +77,10 @@ def _run(number: int, run: RunDirectory) -> str:
         f'<pre tabindex="0">{escape(run.config_file.read_text(encoding="utf-8"))}</pre></details></section>',
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _learns_by(branch: BranchConfig) -> str:
+    return "frozen" if branch.frozen else branch.own_optimizer.kind
 
 
 def families(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Points]]:

@@ -56,6 +56,8 @@ class RunConfig(StrictModel):
         names = [branch.name for branch in self.branches]
         if len(set(names)) < len(names):
             raise ValueError(f"branches: names must differ, given {', '.join(names)}")
+        if all(branch.frozen for branch in self.branches):
+            raise ValueError("branches: all of them are frozen; nothing would learn")
         if self.views.global_crops.count < 2:
             raise ValueError("views.global_crops.count: the method needs at least 2 global views")
         self.objective.check_run(self)

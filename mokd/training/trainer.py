@@ -151,14 +151,14 @@ class Trainer:
             done = self.training_step.run(self.step, batch.views, epoch)
         except NonFiniteLossError as error:
             monitors = self.report.newest_finite()
-            text = failure_report.write(self.run, error, batch, self.branches, self.ranks, monitors)
+            text = failure_report.write(self.run, error, batch, self.training_step.learning, self.ranks, monitors)
             error.args = (text,)
             raise
         self.step += 1
         if self.heartbeat.current in ("start", "compile"):
             set_timeout(self.config.parallel.timeout_seconds)
         self.heartbeat.phase("step", self.step)
-        self.report.step(self.step, epoch, self.branches, done.losses, done.rates)
+        self.report.step(self.step, epoch, self.training_step.learning, done.losses, done.rates)
         return done.stopping
 
     def _evaluation_due(self) -> bool:

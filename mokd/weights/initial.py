@@ -20,7 +20,8 @@ from mokd.checkpointing.state import fill
 from mokd.checkpointing.storage import step_directories
 from mokd.config import RunConfig
 from mokd.distributed.process_group import decided_by_main
-from mokd.objectives.branch import Branch
+from mokd.models.trainable import TrainableNetwork
+from mokd.objectives.branch import Branch, TeachingBranch
 from mokd.runs.files import beside_of, file_checksum, replace_json, sync_file
 from mokd.runs.first_weights import facts_of, record_file, weights_file
 from mokd.runs.run_directory import RunDirectory
@@ -69,8 +70,11 @@ def record(run: RunDirectory, config: RunConfig) -> None:
             raise UserError(f"{file}: cannot be written: {error.strerror}") from None
 
 
-def load(run: RunDirectory, config: RunConfig, branches: Sequence[Branch]) -> None:
-    """Puts the first weights into students and teachers at step 0, on this rank's pieces of them; all ranks call it."""
+def load(run: RunDirectory, config: RunConfig, branches: Sequence[TeachingBranch]) -> None:
+    """Puts the first weights into students and teachers at step 0, on this rank's pieces of them; all ranks call it.
+
+    Of a run, a frozen branch takes the heads too where they are those of this run's objective.
+    """
     if all(branch.init is None for branch in config.branches):
         return
 
@@ -86,6 +90,19 @@ def load(run: RunDirectory, config: RunConfig, branches: Sequence[Branch]) -> No
         if branch.config.init is None:
             continue
         with safe_open(weights_file(run, branch.name), framework="pt") as file:
-            backbone = SavedTensors(file, list(file.keys())).below("backbone.")
-            for network in (branch.student, branch.teacher):
-                fill(network.backbone, backbone, backbone.keys())
+            saved = SavedTensors(file, list(file.keys()))
+            backbone = saved.below("backbone.")
+            fill(branch.teacher.backbone, backbone, backbone.keys())
+            if isinstance(branch, Branch):
+                fill(branch.student.backbone, backbone, backbone.keys())
+            elif heads := heads_for(branch.teacher, saved):
+                # trained heads say more than random ones; those of a branch that learns are its own to learn
+                fill(branch.teacher, saved, heads)
+
+
+def heads_for(network: TrainableNetwork, saved: SavedTensors) -> list[str]:
+    """The keys of a network's heads, where all of them are saved in the shapes that it has; else none."""
+    own = {key: list(value.shape) for key, value in network.state_dict().items() if not key.startswith("backbone.")}
+    there = set(saved.keys())
+    fits = all(key in there and saved.shape(key) == shape for key, shape in own.items())
+    return list(own) if fits else []

@@ -1,7 +1,7 @@
 """First weights from where `init` says: timm, a repository of the Hugging Face hub, torchvision, a run, a file.
 
-What is downloaded goes through the caches of huggingface_hub and torch, as timm's own downloads do. What is there is taken
-without asking anybody.
+What is downloaded goes through the caches of huggingface_hub and torch, as timm's own downloads do. What is there is
+taken without asking anybody.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _from_timm(source: InitSource, branch: BranchConfig, image_px: int, owner: s
     arguments = timm_arguments(branch, image_px)
     with _reachable(where, place):
         if config.get("hf_hub_id") and config.get("custom_load") != "hf":
-            # from the cache without asking the hub, which timm would do first, again and again where there is no network
+            # from the cache without asking the hub, which timm does first, again and again where there is no network
             name = config.get("hf_hub_filename") or "pytorch_model.bin"
             safe = "model.safetensors" if name == "pytorch_model.bin" else str(Path(name).with_suffix(".safetensors"))
             arguments["pretrained_cfg_overlay"] = {"file": str(_hub_file(config["hf_hub_id"], safe, name))}
