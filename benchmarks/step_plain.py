@@ -138,7 +138,7 @@ def _head(rows: Tensor, last_layer: Prototypes) -> Tensor:
 
 def _stock_optimizer(branch: Branch) -> torch.optim.Optimizer:
     """The same groups in an optimiser with its default settings."""
-    config, groups = branch.config.optimizer, branch.optimizer.torch.param_groups
+    config, groups = branch.config.own_optimizer, branch.optimizer.torch.param_groups
     bare = [{"params": group["params"]} for group in groups]
     if config.kind == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(bare, lr=0.0, momentum=config.momentum)

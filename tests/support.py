@@ -91,10 +91,11 @@ def mokd(*arguments: str | Path, cwd: Path | None = None, **environment: str) ->
 
 def single_branch(objective: Any, config: RunConfig, branch: BranchConfig, images: int, epoch_steps: int = 5) -> Any:
     """A branch of one process, with weights drawn from torch's state as it is."""
+    from mokd.objectives.base import build_pair
     from mokd.objectives.branch import Branch, single_process
     from mokd.optim.optimizer import BranchOptimizer
 
-    pair = objective.build_networks(branch, images)
+    pair = build_pair(objective, branch, images)
     optimizer = BranchOptimizer(pair.student, branch, config.optim, config.lr_scale, epoch_steps)
     return Branch(branch, pair, single_process(pair), optimizer)
 
@@ -102,4 +103,4 @@ def single_branch(objective: Any, config: RunConfig, branch: BranchConfig, image
 def losses_of(objective: Any, branches: Sequence[Any], views: Sequence[Any], epoch: int) -> list[Any]:
     """The loss of every branch on one batch of views."""
     taught = objective.teach(branches, views, epoch)
-    return [objective.loss(i, branches, taught, views, epoch) for i in range(len(branches))]
+    return [objective.loss(branch, branches, taught, views, epoch) for branch in branches]

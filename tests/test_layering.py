@@ -17,7 +17,7 @@ ROOMS = {
     "data_pipeline": ("core", "config", "sampling", "transforms", "beton", "loaders"),
     "mokd": (
         *("config", "runs", "distributed", "losses.kernels", "losses", "models", "optim", "objectives"),
-        *("parallel", "checkpointing", "evaluation", "training", "comparison", "export"),
+        *("parallel", "checkpointing", "weights", "evaluation", "training", "comparison", "export"),
     ),
     "launcher": ("config", "runs", "slurm", "preflight", "doctor", "report", "first_steps", "cli"),
 }

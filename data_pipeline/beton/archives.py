@@ -46,12 +46,12 @@ def _members(archive: Path) -> Iterator[Member]:
     try:
         with tarfile.open(archive, "r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # a list that would grow to the end
+                tar.members.clear()  # type: ignore[attr-defined] # a list that would grow to the end
                 if info.isreg():
                     yield Member(archive, info.name, info.offset_data, info.size)
             # tarfile takes the end of the file for the end of the archive
             with open(archive, "rb") as file:
-                file.seek(tar.offset)  # type: ignore[attr-defined]
+                file.seek(tar.offset)
                 whole = file.read(_BLOCK) == bytes(_BLOCK)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive}: not a tar archive, or damaged: {error}") from None

@@ -161,10 +161,11 @@ def resume(
     _need_slurm(local)
     if restart:
         from mokd.checkpointing import choose
+        from mokd.weights import initial
 
         submit.wait_for_the_last(directory)
         messages.print(f"what there was is in {choose.restart(directory)}", markup=False)
-        RunDirectory.create(directory.path, config)
+        initial.create_run(directory.path, config)
     elif overrides or from_step is not None:
         from mokd.training.start import change
 

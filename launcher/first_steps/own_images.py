@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.beton.sources import Listing, list_images
+from data_pipeline.core.errors import UserError
 
 EVERY = 5  # image of a class is for testing
 
@@ -33,8 +34,10 @@ def split(images: Path, output: Path) -> Split:
     shutil.rmtree(partial, ignore_errors=True)
     for index, part in kept:
         path, label = listing.paths[index], listing.labels[index]
+        if not isinstance(path, Path):
+            raise UserError(f"{images}: holds archives or tables; convert them (mokd convert), then mokd init")
         folder = Path(listing.classes[label]) if label >= 0 else Path()
-        link = partial / part / folder / _below(path, images, folder)
+        link = partial / part / folder / path.relative_to(images / folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     shutil.rmtree(output, ignore_errors=True)
@@ -57,7 +60,3 @@ def _parts(listing: Listing) -> Sequence[tuple[int, str]]:
         tested = set(found[EVERY - 1 :: EVERY]) or {found[-1]}
         parts += [(index, "test" if index in tested else "train") for index in found]
     return parts
-
-
-def _below(path: Path, images: Path, folder: Path) -> Path:
-    return path.relative_to(images / folder)

@@ -36,7 +36,7 @@ class Findings:
 def examine(config: RunConfig, cluster: ClusterConfig, root: Path, run: RunDirectory | None = None) -> Findings:
     """Checks a run against the cluster section; UserError when it cannot work."""
     findings = Findings()
-    check(config, cluster.world_size)
+    check(config, cluster.world_size, run)
     _check_output(root, findings)
     _check_paths(config, findings)
     _check_lead(config, cluster, run, findings)

@@ -32,9 +32,12 @@ def estimate_bytes(config: RunConfig, world_size: int) -> int:
         objective = build_objective(config, torch.device("meta"))
         for branch_config in config.branches:
             # evaluation mode: the random layers change nothing about the sizes
-            student = objective.build_networks(branch_config, images).student.eval()
+            student = objective.build_network(branch_config, images, student=not branch_config.frozen).eval()
             parameters = sum(parameter.numel() for parameter in student.parameters())
-            total += parameters * BYTES_PER_PARAMETER[branch_config.optimizer.kind] / holders
+            if branch_config.frozen:  # weights, and activations that nobody keeps
+                total += parameters * 4 / holders
+                continue
+            total += parameters * BYTES_PER_PARAMETER[branch_config.own_optimizer.kind] / holders
             if sharded:
                 total += _gathered_bytes(student, element, config)
             for group in config.views.groups:

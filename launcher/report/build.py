@@ -13,6 +13,8 @@ from launcher.report.html import page, table
 from launcher.report.summary import COLUMNS, summary
 from launcher.report.timeline import timeline
 from launcher.runs.goodput import goodput
+from mokd.config import BranchConfig
+from mokd.runs import first_weights
 from mokd.runs.files import read_json
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
@@ -48,13 +50,22 @@ def build_report(runs: Sequence[RunDirectory]) -> str:
 def _run(number: int, run: RunDirectory) -> str:
     config, account = run.config(), goodput(run)
     marks = [float(attempt.first_step) for attempt in account.attempts[1:]]
-    networks = [[b.name, b.backbone, f"{b.weight:g}", b.optimizer.kind] for b in config.branches]
+    networks = [
+        [
+            b.name,
+            b.backbone,
+            f"{b.weight:g}",
+            _learns_by(b),
+            first_weights.words(run, b),
+        ]
+        for b in config.branches
+    ]
     parts = [
         f'<section id="run-{number}" aria-labelledby="run-{number}-name">'
         f'<h2 id="run-{number}-name">{escape(run.path.name)}</h2>',
         f"<p>{escape(config.objective.kind)}, {config.optim.epochs} epochs, {config.optim.global_batch} images a step, "
         f"seed {config.seed}.</p>",
-        table("Branches", ["branch", "backbone", "weight", "optimizer"], networks),
+        table("Branches", ["branch", "backbone", "weight", "optimizer", "first weights"], networks),
         _alarms(run),
         f"<h3>Where the time went</h3>{timeline(run, account)}",
         f"<h3>Curves</h3>{_curves(read_metrics(run.metrics_file), marks)}",
@@ -66,6 +77,10 @@ def _run(number: int, run: RunDirectory) -> str:
         f'<pre tabindex="0">{escape(run.config_file.read_text(encoding="utf-8"))}</pre></details></section>',
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _learns_by(branch: BranchConfig) -> str:
+    return "frozen" if branch.frozen else branch.own_optimizer.kind
 
 
 def families(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Points]]:

@@ -43,14 +43,16 @@ class Submitted:
 
 
 def create_run(config: RunConfig, root: Path) -> RunDirectory:
-    """A new, private run directory for `config` below `root`."""
+    """A new, private run directory for `config` below `root`, with its first weights in it."""
+    from mokd.weights import initial  # torch is imported only after the cheap checks
+
     path = runnable_path(root / config.name)
     if (path / "config.yaml").exists():
         raise UserError(
             f"{path}: this run exists already; continue it with: mokd resume {path}, or set another name=..."
         )
     make_private(path)
-    return RunDirectory.create(path, with_absolute_paths(config))
+    return initial.create_run(path, with_absolute_paths(config))
 
 
 def runnable_path(path: Path) -> Path:

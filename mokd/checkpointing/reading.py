@@ -79,6 +79,10 @@ class SavedTensors:
         """Their names."""
         return [name.removeprefix(self.prefix) for name in self.names]
 
+    def shape(self, key: str) -> list[int]:
+        """The shape of a tensor, without reading it."""
+        return list(self.file.get_slice(self.prefix + key).get_shape())
+
     def read(self, key: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some rows of it: nothing else is read from the disk."""
         if rows is None:

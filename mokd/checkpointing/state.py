@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.reading import Checkpoint, SavedTensors
-from mokd.config import RunConfig
+from mokd.config import BranchConfig, RunConfig
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
-from mokd.objectives.branch import Branch
+from mokd.objectives.branch import Branch, TeachingBranch
+
+# keys of a branch that checkpoints from before them do not have; their defaults are what was done then
+_YOUNGER = ("frozen",)
 
 OBJECTIVE_FILE = "objective"
 
@@ -31,7 +34,9 @@ CHANGEABLE = re.compile(
 )
 
 
-def collect(branches: Sequence[Branch], objective: Objective[Any], *, main: bool) -> dict[str, dict[str, Tensor]]:
+def collect(
+    branches: Sequence[TeachingBranch], objective: Objective[Any], *, main: bool
+) -> dict[str, dict[str, Tensor]]:
     """Everything that changes while training, copied to host memory, by file; nothing where not `main`.
 
     Sharded tensors are put together one by one, so that no rank ever holds more than one of them in the device's
@@ -41,18 +46,20 @@ def collect(branches: Sequence[Branch], objective: Objective[Any], *, main: bool
     return {name: _copy_to_host(tensors, main) for name, tensors in parts.items()}
 
 
-def is_sharded(branches: Sequence[Branch]) -> bool:
+def is_sharded(branches: Sequence[TeachingBranch]) -> bool:
     """Whether a rank holds only a piece of the state, so that collecting it takes all ranks."""
-    return any(sharding.is_sharded(p) for branch in branches for p in branch.student.parameters())
+    return any(sharding.is_sharded(p) for branch in branches for p in branch.teacher.parameters())
 
 
-def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objective[Any]) -> None:
+def restore(checkpoint: Checkpoint, branches: Sequence[TeachingBranch], objective: Objective[Any]) -> None:
     """Puts a checkpoint's state into branches and objective; a rank reads only the rows that it holds."""
     objective.load_state_tensors(checkpoint.tensors(OBJECTIVE_FILE))
     for branch in branches:
         with checkpoint.open(branch_file(branch.name)) as saved:
-            _fill(branch.student, saved.below("student."))
             _fill(branch.teacher, saved.below("teacher."))
+            if not isinstance(branch, Branch):
+                continue
+            _fill(branch.student, saved.below("student."))
             optimizer = saved.below("optimizer.")
             branch.optimizer.load_state_tensors(optimizer.keys(), optimizer.read)
             scale = saved.below("loss_scale.")
@@ -60,13 +67,18 @@ def restore(checkpoint: Checkpoint, branches: Sequence[Branch], objective: Objec
                 branch.loss_scale.load_state_tensors(scale.read)
 
 
-@torch.no_grad()
 def _fill(network: nn.Module, saved: SavedTensors) -> None:
-    into = network.state_dict()
-    if different := into.keys() ^ saved.keys():
+    if different := network.state_dict().keys() ^ saved.keys():
         raise RuntimeError(f"the checkpoint is of another network: {', '.join(sorted(different)[:3])}")
-    for key, value in into.items():
-        sharding.piece(value).copy_(saved.read(key, sharding.own_rows(value)))
+    fill(network, saved, saved.keys())
+
+
+@torch.no_grad()
+def fill(network: nn.Module, saved: SavedTensors, keys: Iterable[str]) -> None:
+    """Puts some saved tensors into a network; a rank reads only the rows that it holds."""
+    into = network.state_dict()
+    for key in keys:
+        sharding.piece(into[key]).copy_(saved.read(key, sharding.own_rows(into[key])))
 
 
 def _copy_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -106,6 +118,9 @@ def identity(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
     document = config.model_dump(mode="json")
     for branch in document["branches"]:
         del branch["activation_checkpointing"]  # changes memory and time, and nothing else
+        for key in _YOUNGER:
+            if branch[key] == BranchConfig.model_fields[key].default:
+                del branch[key]
     return {**{key: _at(document, key) for key in FIXED}, **data}
 
 
@@ -158,13 +173,14 @@ def _short(value: Any) -> Any:
     return value
 
 
-def _branch_tensors(branch: Branch) -> dict[str, Tensor]:
-    parts = {
-        "student": branch.student.state_dict(),
-        "teacher": branch.teacher.state_dict(),
-        "optimizer": branch.optimizer.state_tensors(),
-        "loss_scale": branch.loss_scale.state_tensors() if branch.loss_scale else {},
-    }
+def _branch_tensors(branch: TeachingBranch) -> dict[str, Tensor]:
+    parts = {"teacher": branch.teacher.state_dict()}
+    if isinstance(branch, Branch):
+        parts |= {
+            "student": branch.student.state_dict(),
+            "optimizer": branch.optimizer.state_tensors(),
+            "loss_scale": branch.loss_scale.state_tensors() if branch.loss_scale else {},
+        }
     return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 

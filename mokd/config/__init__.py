@@ -29,6 +29,7 @@ from mokd.config.objectives import (
     THeadConfig,
 )
 from mokd.config.run import RunConfig, load_config, with_absolute_paths
+from mokd.config.weights import InitSource, parse_init
 
 __all__ = [
     "AnyObjectiveConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "ExecutionConfig",
     "FinetuneConfig",
     "GroupConfig",
+    "InitSource",
     "KnnConfig",
     "LinearConfig",
     "LoggingConfig",
@@ -58,5 +60,6 @@ __all__ = [
     "TermsConfig",
     "TransferConfig",
     "load_config",
+    "parse_init",
     "with_absolute_paths",
 ]

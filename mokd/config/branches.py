@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.core.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, StrictModel
+from mokd.config.weights import parse_init
 
 
 class GroupConfig(StrictModel):
@@ -57,11 +57,20 @@ class BranchConfig(StrictModel):
         Literal["default", "cifar", "cifar_stride2"],
         Field(description="ResNets on small images: one 3x3 convolution, no pooling; stride 1 or 2"),
     ] = "default"
-    init: Annotated[Path | None, Field(description="backbone weights to start from (safetensors or state dict)")] = None
+    init: Annotated[
+        str | None,
+        Field(
+            description="backbone weights to start from: timm, hub:REPOSITORY, torchvision:WEIGHTS, run:RUN/BRANCH or "
+            "a file; see docs/weights.md"
+        ),
+    ] = None
+    frozen: Annotated[
+        bool, Field(description="gives targets with the weights of init and learns nothing; see docs/method.md")
+    ] = False
     weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     mlp_head: MlpHeadConfig = MlpHeadConfig()
-    optimizer: OptimizerConfig
+    optimizer: Annotated[OptimizerConfig | None, Field(description="a frozen branch has none")] = None
     t_head_group: GroupConfig | None = None
     teacher_temp_warmup_epochs: NonNegativeInt = 30
     activation_checkpointing: Annotated[
@@ -75,3 +84,24 @@ class BranchConfig(StrictModel):
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ValueError("a letter, then letters, digits, '_' or '-'")
         return name
+
+    @field_validator("init")
+    @classmethod
+    def _known_source(cls, init: str | None) -> str | None:
+        if init is not None:
+            parse_init(init)
+        return init
+
+    @model_validator(mode="after")
+    def _workable(self) -> BranchConfig:
+        if self.frozen and self.init is None:
+            raise ValueError("frozen: gives the targets of the weights that init names; set init")
+        if not self.frozen and self.optimizer is None:
+            raise ValueError("optimizer: missing; only a frozen branch has none")
+        return self
+
+    @property
+    def own_optimizer(self) -> OptimizerConfig:
+        """The optimiser's section of a branch that learns."""
+        assert self.optimizer is not None, f"branches.{self.name} is frozen"
+        return self.optimizer

@@ -84,6 +84,8 @@ class DinoConfig(ObjectiveConfig):
         if not (on.self_mlp or on.self_thead) and (alone or not (on.cross_mlp or on.cross_search)):
             what = "a branch alone has the self terms only, and both are off" if alone else "all four are off"
             raise ValueError(f"objective.terms: {what}; nothing is left to learn from")
+        if any(branch.frozen for branch in run.branches) and not (on.cross_mlp or on.cross_search):
+            raise ValueError("objective.terms: both cross terms are off, but only they learn from a frozen branch")
         if on.cross_search and not alone and not run.views.local_crops.count:
             raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
 
@@ -125,6 +127,8 @@ class ContrastiveConfig(ObjectiveConfig):
                         f"branches.{branch.name}.{key}: objective contrastive has no such part; remove it "
                         "(its heads are objective.projection, its temperature objective.temperature)"
                     )
+        if any(branch.frozen for branch in run.branches) and not self.cross_weight:
+            raise ValueError("objective.cross_weight: is 0, but only cross terms learn from a frozen branch")
         if (run.views.global_crops.count, run.views.local_crops.count) != (2, 0):
             raise ValueError(
                 "objective contrastive: has two views of an image; "

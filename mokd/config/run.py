@@ -23,6 +23,8 @@ from mokd.config.execution import (
     PrecisionConfig,
 )
 from mokd.config.objectives import AnyObjectiveConfig, DinoConfig
+from mokd.config.paths import absolute_path
+from mokd.config.weights import absolute_init
 
 
 class RunConfig(StrictModel):
@@ -55,6 +57,8 @@ class RunConfig(StrictModel):
         names = [branch.name for branch in self.branches]
         if len(set(names)) < len(names):
             raise ValueError(f"branches: names must differ, given {', '.join(names)}")
+        if all(branch.frozen for branch in self.branches):
+            raise ValueError("branches: all of them are frozen; nothing would learn")
         if self.views.global_crops.count < 2:
             raise ValueError("views.global_crops.count: the method needs at least 2 global views")
         check_channels(self.data, self.views)
@@ -78,20 +82,20 @@ def with_absolute_paths(config: RunConfig, before: RunConfig | None = None) -> R
     before: the same run's, absolute: a path that it ends in means what it meant then, wherever this call comes from.
     """
     changed: RunConfig = _absolute(config, before)
-    return changed
+    inits = {branch.name: branch.init for branch in before.branches} if before else {}
+    branches = [
+        branch.model_copy(update={"init": branch.init and absolute_init(branch.init, inits.get(branch.name))})
+        for branch in changed.branches
+    ]
+    return changed.model_copy(update={"branches": tuple(branches)})
 
 
 def _absolute(value: Any, before: Any) -> Any:
     if isinstance(value, Path):
-        if isinstance(before, Path) and not value.is_absolute() and before.parts[-len(value.parts) :] == value.parts:
-            return before
-        return value.absolute()
+        return absolute_path(value, before if isinstance(before, Path) else None)
     if isinstance(value, BaseModel):
         found = {key: _absolute(part, getattr(before, key, None)) for key, part in value if part is not None}
         return value.model_copy(update={key: part for key, part in found.items() if part is not getattr(value, key)})
-    if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
-        befores = before if isinstance(before, tuple) and len(before) == len(value) else (None,) * len(value)
-        return tuple(_absolute(part, earlier) for part, earlier in zip(value, befores, strict=True))
     return value
 
 

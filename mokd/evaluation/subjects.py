@@ -14,10 +14,11 @@ from data_pipeline.core.errors import UserError
 from mokd.checkpointing import hold, state
 from mokd.checkpointing.reading import Checkpoint
 from mokd.config import BranchConfig, RunConfig
-from mokd.models.backbones import Backbone, build_backbone, load_weights
+from mokd.models.backbones import Backbone, build_backbone
 from mokd.runs.files import checksum, file_checksum
 from mokd.runs.run_directory import RunDirectory
 from mokd.runs.seeds import derive_seed
+from mokd.weights.formats import load_weights
 
 NETWORKS = ("teacher", "student", "scratch")
 

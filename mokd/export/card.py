@@ -7,6 +7,7 @@ import json
 import mokd
 from mokd.evaluation import results
 from mokd.export.source import Source
+from mokd.runs import first_weights
 
 
 def card(source: Source, kind: str, load: str, difference: float) -> str:
@@ -20,7 +21,7 @@ def card(source: Source, kind: str, load: str, difference: float) -> str:
         "feature": f"{source.backbone.width} numbers per image",
         "trained": f"without labels, objective {config.objective.kind}, {company}; {steps}",
         "data": config.data.train.name,
-        "first weights": str(branch.init) if branch.init else "random",
+        "first weights": first_weights.words(source.run, branch),
         "made by": f"mokd {mokd.__version__}, run {config.name}, seed {config.seed}",
         "checked": f"read back in a clean process: features differ by {difference:.1e} of the largest one at most",
     }
@@ -38,7 +39,9 @@ def card(source: Source, kind: str, load: str, difference: float) -> str:
         *_measured(source),
     ]
     if branch.init:
-        lines += ["", "The weights it started from have a licence of their own, which goes on to hold."]
+        own = (first_weights.facts_of(source.run, branch) or {}).get("license")
+        named = f" ({own})" if own else ""
+        lines += ["", f"The weights it started from have a licence of their own{named}, which goes on to hold."]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,11 +21,6 @@ from data_pipeline.core.errors import UserError
 from mokd.config import BranchConfig
 from mokd.models import positions
 from mokd.models.drop_path import SampleDropPath
-
-# where training code keeps the network: where a file has keys below one of these, the others are not the network's
-_PARTS = ("teacher.", "encoder_q.", "base_encoder.", "model.", "backbone.", "net.")
-# classifiers and projection heads
-_HEADS = ("fc", "head", "head_dist", "classifier", "projector", "projection_head")
 
 
 @dataclass(frozen=True)
@@ -158,8 +152,8 @@ def build_backbone(
 def build_for_views(
     config: BranchConfig, views: ViewsConfig, *, student: bool, images_per_rank: int
 ) -> tuple[Backbone, BackboneShapes]:
-    """The backbone of a branch's student (with stochastic depth) or teacher, with the weights of `init` if given, and
-    the sizes of what it says of every view.
+    """The backbone of a branch's student (with stochastic depth) or teacher, randomly initialised, and the sizes of
+    what it says of every view.
     """
     global_px = views.global_crops.size_px
     shapes = measure_shapes(config, global_px, [group.size_px for group in views.groups], views.channels)
@@ -170,8 +164,6 @@ def build_for_views(
         images_per_rank=images_per_rank,
         channels=views.channels,
     )
-    if config.init is not None:
-        load_weights(backbone, config.init, f"branches.{config.name}")
     return backbone, shapes
 
 
@@ -198,58 +190,6 @@ def measure_shapes(
             grids[size] = features.grid
     assert features is not None, "at least one crop size"
     return BackboneShapes(features.pooled.shape[1], features.tokens.shape[2], backbone.is_sequence, grids)
-
-
-def load_weights(backbone: Backbone, path: Path, owner: str) -> None:
-    """Backbone weights from a safetensors or state-dict file; UserError when they do not fit.
-
-    Takes timm or torchvision keys, bare or under the prefixes that training code is known to put before them; a
-    classifier or projection head is ignored.
-    """
-    own = backbone.net.state_dict()
-    given = _backbone_part(_read_tensors(path))
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(f"{path}: {owner} needs '{missing[0]}' ({len(missing)} keys in all), which the file has not")
-    wrong = [key for key in own if key in given and given[key].shape != own[key].shape]
-    if wrong:
-        shapes = f"{list(given[wrong[0]].shape)} instead of {list(own[wrong[0]].shape)}"
-        raise UserError(f"{path}: '{wrong[0]}' has shape {shapes}; the file is of another network than {owner}")
-    unknown = [key for key in given if key not in own and key.split(".")[0] not in _HEADS]
-    if unknown:
-        raise UserError(f"{path}: holds '{unknown[0]}' ({len(unknown)} such keys), which {owner} does not know")
-    backbone.net.load_state_dict({key: given[key] for key in own if key in given}, strict=False)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (weights to start from)") from None
-    except Exception:  # both readers raise many kinds on a damaged or foreign file, and give long advice
-        raise UserError(
-            f"{path}: cannot be read safely as weights; expected a safetensors file or a state dict of tensors"
-        ) from None
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds {type(loaded).__name__}, not a state dict")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def _backbone_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the network proper, without what wrappers and methods put before their names."""
-    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):
-        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
-    for part in _PARTS:
-        inside = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
-        tensors = inside or tensors
-    return tensors
 
 
 def _use_small_stem(net: nn.Module, stride: int, channels: int, entry: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mokd.config import BranchConfig, ContrastiveConfig, DinoConfig, RunConfig
-from mokd.objectives.branch import Branch, BranchLoss, NetworkPair
+from mokd.models.trainable import TrainableNetwork
+from mokd.objectives.branch import Branch, BranchLoss, NetworkPair, TeachingBranch
 from mokd.objectives.contrastive import ContrastiveObjective
 from mokd.objectives.dino import DinoObjective
 
@@ -19,11 +20,11 @@ Taught = TypeVar("Taught")
 class Objective(Protocol[Taught]):
     """A training objective over a list of branches. Its state (centres, banks) is in `state_tensors`."""
 
-    def build_networks(self, config: BranchConfig, images_per_rank: int) -> NetworkPair:
-        """Student and teacher of one branch, with the heads that the objective needs."""
+    def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> TrainableNetwork:
+        """The student (with stochastic depth) or teacher of one branch, with the heads that the objective needs."""
         ...
 
-    def teach(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Taught:
+    def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Taught:
         """What all teachers say of one batch of groups of views, the global group first.
 
         Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
@@ -31,9 +32,9 @@ class Objective(Protocol[Taught]):
         ...
 
     def loss(
-        self, index: int, branches: Sequence[Branch], taught: Taught, views: Sequence[Tensor], epoch: int
+        self, branch: Branch, branches: Sequence[TeachingBranch], taught: Taught, views: Sequence[Tensor], epoch: int
     ) -> BranchLoss:
-        """The loss of branch `index` on the batch that its teachers have seen, ready for `backward`.
+        """The loss of `branch`, one of `branches`, on the batch that all teachers have seen, ready for `backward`.
 
         Differentiated before the next branch's loss is asked for, it leaves no activations behind by then.
         """
@@ -56,6 +57,12 @@ class Objective(Protocol[Taught]):
         for estimates ahead of a run.
         """
         ...
+
+
+def build_pair(objective: Objective[Any], config: BranchConfig, images_per_rank: int) -> NetworkPair:
+    """Student and teacher of a branch that learns; the student's weights are drawn first."""
+    student = objective.build_network(config, images_per_rank, student=True)
+    return NetworkPair(student, objective.build_network(config, images_per_rank, student=False))
 
 
 def build_objective(config: RunConfig, device: torch.device) -> Objective[Any]:

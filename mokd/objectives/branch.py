@@ -1,8 +1,8 @@
-"""A branch: a student, its teacher, how training calls them, and the student's optimizer."""
+"""A branch: a teacher and, unless it is frozen, the student that learns, its optimizer, how training calls them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,7 +74,22 @@ def single_process(pair: NetworkPair) -> ParallelCalls:
     return ParallelCalls(pair.student, lambda: pair.teacher.backbone)
 
 
-class Branch:
+class TeachingBranch:
+    """A branch as others see it: a network that gives targets. A frozen branch is this and nothing more."""
+
+    def __init__(
+        self, config: BranchConfig, teacher: TrainableNetwork, whole_teacher_backbone: Callable[[], Backbone]
+    ) -> None:
+        self.config, self.name = config, config.name
+        self.teacher, self.whole_teacher_backbone = teacher, whole_teacher_backbone
+
+
+def freeze(network: TrainableNetwork) -> TrainableNetwork:
+    """A frozen branch's network: no gradients, and in evaluation mode, so that its BatchNorm keeps its statistics."""
+    return network.requires_grad_(False).eval()
+
+
+class Branch(TeachingBranch):
     """One network under training. `loss_scale` is there with fp16; `calls` are those of `ParallelCalls`."""
 
     def __init__(
@@ -85,9 +100,8 @@ class Branch:
         optimizer: BranchOptimizer,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.config, self.name = config, config.name
-        self.student, self.teacher = pair.student, pair.teacher
-        self.forward_student, self.whole_teacher_backbone = calls.forward_student, calls.whole_teacher_backbone
+        super().__init__(config, pair.teacher, calls.whole_teacher_backbone)
+        self.student, self.forward_student = pair.student, calls.forward_student
         self.accumulating, self.finish_gradients = calls.accumulating, calls.finish_gradients
         self.optimizer, self.loss_scale = optimizer, loss_scale
 
@@ -96,3 +110,8 @@ class Branch:
         """`teacher = momentum * teacher + (1 - momentum) * student`, over parameters only, each rank on its pieces."""
         teacher, student = ([piece(p) for p in network.parameters()] for network in (self.teacher, self.student))
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+
+
+def learning(branches: Iterable[TeachingBranch]) -> list[Branch]:
+    """Those that are under training."""
+    return [branch for branch in branches if isinstance(branch, Branch)]

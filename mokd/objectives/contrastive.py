@@ -13,9 +13,9 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from mokd.config import BranchConfig, ContrastiveConfig
 from mokd.losses.info_nce import CHUNK, info_nce
-from mokd.objectives.branch import Branch, BranchLoss, NetworkPair
+from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
 from mokd.objectives.collapse_statistics import feature_monitors
-from mokd.objectives.contrastive_network import ContrastiveOutput, Seen, build_contrastive_network
+from mokd.objectives.contrastive_network import ContrastiveNetwork, ContrastiveOutput, Seen, build_contrastive_network
 from mokd.objectives.memory_bank import MemoryBank, gather_keys
 from mokd.runs.seeds import derive_seed
 
@@ -50,23 +50,19 @@ class ContrastiveObjective:
         }
         self._keys: list[Tensor] = []  # of the micro-batches of this step
 
-    def build_networks(self, config: BranchConfig, images_per_rank: int) -> NetworkPair:
-        """Student and teacher of one branch."""
-        student, teacher = (
-            build_contrastive_network(
-                config,
-                self.config,
-                self.views,
-                student=is_student,
-                alone=not self.crosses,
-                images_per_rank=images_per_rank,
-            )
-            for is_student in (True, False)
+    def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> ContrastiveNetwork:
+        """The student or teacher of one branch."""
+        return build_contrastive_network(
+            config,
+            self.config,
+            self.views,
+            student=student,
+            alone=config.frozen or not self.crosses,
+            images_per_rank=images_per_rank,
         )
-        return NetworkPair(student, teacher)
 
     @torch.no_grad()
-    def teach(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> list[Seen]:
+    def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> list[Seen]:
         """What all teachers say of the one group of views, `[V, B, 3, S, S]`."""
         (crops,) = views
         # training mode: BatchNorm uses the statistics of this batch, of all ranks where there are several
@@ -75,14 +71,15 @@ class ContrastiveObjective:
         return [Seen(teacher.projected, teacher.dense) for teacher in teachers]
 
     def loss(
-        self, i: int, branches: Sequence[Branch], seen: list[Seen], views: Sequence[Tensor], epoch: int
+        self, branch: Branch, branches: Sequence[TeachingBranch], seen: list[Seen], views: Sequence[Tensor], epoch: int
     ) -> BranchLoss:
-        """The loss of branch i, whose positives are its own teacher's keys and what it aligns of the others'."""
+        """The loss of a branch, whose positives are its own teacher's keys and what it aligns of the others'."""
         (crops,) = views
+        i = branches.index(branch)
         others = [j for j in range(len(branches)) if j != i and self.crosses]
-        student: ContrastiveOutput = branches[i].forward_student(crops, others=[seen[j] for j in others])
+        student: ContrastiveOutput = branch.forward_student(crops, others=[seen[j] for j in others])
         keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
-        return self._branch_loss(branches[i], student, seen[i].projected.flip(0), keys)
+        return self._branch_loss(branch, student, seen[i].projected.flip(0), keys)
 
     def _branch_loss(
         self, branch: Branch, student: ContrastiveOutput, own_keys: Tensor, cross_keys: dict[str, Tensor]

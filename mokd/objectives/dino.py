@@ -19,9 +19,9 @@ from mokd.losses.kernels.targets import Target, entropy
 from mokd.losses.prototype_loss import prototype_loss
 from mokd.losses.prototypes import HeadOutput
 from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
-from mokd.objectives.branch import Branch, BranchLoss, NetworkPair
+from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
 from mokd.objectives.collapse_statistics import feature_monitors
-from mokd.objectives.dino_network import NetworkOutput, build_network
+from mokd.objectives.dino_network import Network, NetworkOutput, build_network
 from mokd.optim.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
@@ -53,22 +53,25 @@ class DinoObjective:
         self._seen: list[Tensor] = []
         self._arriving: list[dist.Work] = []
 
-    def build_networks(self, config: BranchConfig, images_per_rank: int) -> NetworkPair:
-        """Student and teacher of one branch."""
-        student = build_network(config, self.config, self.views, student=True, images_per_rank=images_per_rank)
-        teacher = build_network(config, self.config, self.views, student=False, images_per_rank=images_per_rank)
-        return NetworkPair(student, teacher)
+    def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> Network:
+        """The student or teacher of one branch."""
+        return build_network(config, self.config, self.views, student=student, images_per_rank=images_per_rank)
 
-    def teach(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Teachers:
+    def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         """What all teachers say of the global views, the first group."""
         with self._beside.begin():
             return self._teachers(branches, views, epoch)
 
     def loss(
-        self, i: int, branches: Sequence[Branch], teachers: Teachers, views: Sequence[Tensor], epoch: int
+        self,
+        branch: Branch,
+        branches: Sequence[TeachingBranch],
+        teachers: Teachers,
+        views: Sequence[Tensor],
+        epoch: int,
     ) -> BranchLoss:
-        """The loss of branch i, which learns from its own teacher and from all others."""
-        branch, on = branches[i], self.config.terms
+        """The loss of a branch, which learns from its own teacher and from all others."""
+        i, on = branches.index(branch), self.config.terms
         own = self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)
         cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
         others = [j for j in range(len(branches)) if j != i]
@@ -108,10 +111,14 @@ class DinoObjective:
         )
 
     @torch.no_grad()
-    def _teachers(self, branches: Sequence[Branch], views: Sequence[Tensor], epoch: int) -> Teachers:
+    def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
         shared = cross if len(branches) > 1 and self.config.terms.cross_mlp else set()
-        own = [{self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)} for branch in branches]
+        # nobody asks a frozen branch for targets of its own
+        own = [
+            set() if branch.config.frozen else {self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)}
+            for branch in branches
+        ]
         outputs = [branch.teacher(views[:1]) for branch in branches]
         teachers = Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
         self._seen.append(teachers.means)
@@ -119,7 +126,9 @@ class DinoObjective:
             self._arriving.append(dist.all_reduce(teachers.means, async_op=True))
         return teachers
 
-    def _search(self, j: int, other: Branch, teacher: NetworkOutput, queries: Tensor, temperature: float) -> Tensor:
+    def _search(
+        self, j: int, other: TeachingBranch, teacher: NetworkOutput, queries: Tensor, temperature: float
+    ) -> Tensor:
         """What local queries `[L, B, d]` find in global view 1 of branch j's teacher: targets `[L, B, K]`."""
         rows = other.teacher.search(teacher.tokens, queries)  # type: ignore[operator]
         found = HeadOutput(rows, teacher.t_head.prototypes)
@@ -177,10 +186,13 @@ class Teachers:
             for h, head in enumerate((output.mlp, output.t_head)):
                 logits = head.logits()
                 means.append(logits.mean(dim=(0, 1)))
-                *others, last = sorted(temperatures[i][h])
-                for temperature in others:
-                    self._known[i, h, temperature] = teacher_probabilities(logits, centers[i, h], temperature)
-                self._known[i, h, last] = teacher_probabilities(logits, centers[i, h], last, in_place=True)
+                wanted = sorted(temperatures[i][h])
+                for temperature in wanted:
+                    # the last may take the memory of the logits
+                    in_place = temperature == wanted[-1]
+                    self._known[i, h, temperature] = teacher_probabilities(
+                        logits, centers[i, h], temperature, in_place=in_place
+                    )
         self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
 
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:

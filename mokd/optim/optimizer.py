@@ -34,7 +34,7 @@ class BranchOptimizer:
         # what is optimised: the parameters themselves, or this rank's pieces of them
         self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
         groups = list(_groups(self._named, branch, student))
-        config = branch.optimizer
+        config = branch.own_optimizer
         # the fused optimisers read and write everything once: on CPUs several times as fast as foreach
         fused = all(p.device.type in ("cpu", "cuda") for _, p in self._named)
         options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused" if fused else "foreach": True}
@@ -116,9 +116,9 @@ Named = list[tuple[str, nn.Parameter]]
 def _groups(named: Named, branch: BranchConfig, student: TrainableNetwork) -> Iterable[dict[str, Any]]:
     t_head = branch.t_head_group
     if t_head is None:
-        yield from _by_decay(named, branch.optimizer, student)
+        yield from _by_decay(named, branch.own_optimizer, student)
     else:
-        yield from _by_decay([(n, p) for n, p in named if not student.in_t_head(n)], branch.optimizer, student)
+        yield from _by_decay([(n, p) for n, p in named if not student.in_t_head(n)], branch.own_optimizer, student)
         yield from _by_decay([(n, p) for n, p in named if student.in_t_head(n)], t_head, student)
 
 

@@ -1,4 +1,4 @@
-"""A branch, ready to be trained on this rank: networks, parallelism from outside, optimizer. The order matters."""
+"""A branch, ready for training on this rank: networks, parallelism from outside, optimizer. The order matters."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from mokd.config import BranchConfig, RunConfig
-from mokd.objectives.base import Objective
-from mokd.objectives.branch import Branch
+from mokd.objectives.base import Objective, build_pair
+from mokd.objectives.branch import Branch, TeachingBranch, freeze
 from mokd.optim.loss_scale import LossScale
 from mokd.optim.optimizer import BranchOptimizer
 from mokd.parallel.activation_checkpointing import recompute_blocks
 from mokd.parallel.compile import compile_networks
-from mokd.parallel.parallelize import parallelize
+from mokd.parallel.parallelize import parallelize, parallelize_frozen
 from mokd.runs.seeds import derive_seed
 
 
@@ -25,16 +25,25 @@ def build_branch(
     *,
     images_per_rank: int,
     epoch_steps: int,
-) -> Branch:
-    """The branch `branch` of a run; its first weights are a function of the run's seed and its name."""
+) -> TeachingBranch:
+    """The branch `branch` of a run, a `Branch` unless it is frozen; its first weights are a function of the run's seed
+    and its name, until others are put in (`mokd.weights.initial`).
+    """
     # seeded by name: a branch starts from the same weights in a pair and alone
     torch.manual_seed(derive_seed(config.seed, "initial weights", branch.name))
-    pair = objective.build_networks(branch, images_per_rank)
+    by_block = config.parallel.strategy == "fsdp"
+    if branch.frozen:
+        teacher = freeze(objective.build_network(branch, images_per_rank, student=False))
+        if config.execution.compile:
+            compile_networks([teacher], cuda_graphs=config.execution.cuda_graphs, by_block=by_block)
+        return TeachingBranch(branch, teacher, parallelize_frozen(teacher, config.parallel, config.precision, device))
+    pair = build_pair(objective, branch, images_per_rank)
     # innermost, so that everything below acts on the blocks from outside
     if branch.activation_checkpointing:
         recompute_blocks(pair.student.backbone, f"branches.{branch.name}")
     if config.execution.compile:
-        compile_networks(pair, cuda_graphs=config.execution.cuda_graphs, by_block=config.parallel.strategy == "fsdp")
+        networks = [pair.student, pair.teacher]
+        compile_networks(networks, cuda_graphs=config.execution.cuda_graphs, by_block=by_block)
     accumulate = config.optim.accumulate > 1
     calls = parallelize(pair, config.parallel, config.precision, device, accumulate=accumulate)
     # after parallelism, which moves parameters to the device and may cut them into pieces

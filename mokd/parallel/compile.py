@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from mokd.objectives.branch import NetworkPair
+from mokd.models.trainable import TrainableNetwork
 
 # Blocks share the code of their class, which is compiled once for every shape and stride of them: a ResNet-50 has 16
 # blocks and meets two sizes of crops
 _VARIANTS = 256
 
 
-def compile_networks(pair: NetworkPair, *, cuda_graphs: bool = False, by_block: bool = False) -> None:
-    """Compiles backbone and heads of student and teacher, in place, for the shapes they meet.
+def compile_networks(
+    networks: Sequence[TrainableNetwork], *, cuda_graphs: bool = False, by_block: bool = False
+) -> None:
+    """Compiles backbones and heads of networks, in place, for the shapes they meet.
 
     by_block: the units of sharding one by one; hooks of FSDP lie between them, which a whole network's graph breaks at.
     cuda_graphs: each is recorded and replayed as a whole; every step then begins with `begin_step`.
@@ -27,7 +30,7 @@ def compile_networks(pair: NetworkPair, *, cuda_graphs: bool = False, by_block: 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._inductor.config.fallback_random = True
     torch._dynamo.config.recompile_limit = _VARIANTS
-    for network in (pair.student, pair.teacher):
+    for network in networks:
         for part in network.units().half if by_block else network.children():
             part.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
 

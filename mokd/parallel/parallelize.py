@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -41,7 +41,8 @@ def parallelize(
 ) -> ParallelCalls:
     """Prepares networks, in place, for this rank: memory order, device, SyncBN, averaging of gradients."""
     if precision.channels_last:
-        _use_channels_last(pair, weights_too=config.strategy == "ddp")
+        for network in (pair.student, pair.teacher):
+            _use_channels_last(network, weights_too=config.strategy == "ddp")
     if not dist.is_initialized():
         pair.student.to(device)
         pair.teacher.to(device)
@@ -55,16 +56,31 @@ def parallelize(
     return _replicate(pair, device, accumulate, precision.deterministic)
 
 
-def _use_channels_last(pair: NetworkPair, *, weights_too: bool) -> None:
+def parallelize_frozen(
+    teacher: TrainableNetwork, config: ParallelConfig, precision: PrecisionConfig, device: torch.device
+) -> Callable[[], Backbone]:
+    """Prepares the network of a frozen branch, in place; returns what gives its backbone to evaluations.
+
+    Ranks share nothing of it but, with FSDP, its memory: it has no gradients, and in evaluation mode its BatchNorm
+    needs no statistics.
+    """
+    if precision.channels_last:
+        _use_channels_last(teacher, weights_too=config.strategy == "ddp")
+    if config.strategy == "fsdp" and dist.is_initialized():
+        return _shard_teacher(teacher, shard_mesh(config, device), precision, device)
+    teacher.to(device)
+    return lambda: teacher.backbone
+
+
+def _use_channels_last(network: TrainableNetwork, *, weights_too: bool) -> None:
     """Convolutional backbones in NHWC order, which is that of GPUs' tensor cores and of CPUs' vectors.
 
     FSDP cannot split such weights.
     """
-    for network in (pair.student, pair.teacher):
-        backbone = network.backbone
-        backbone.channels_last = not backbone.is_sequence
-        if backbone.channels_last and weights_too:
-            backbone.to(memory_format=torch.channels_last)
+    backbone = network.backbone
+    backbone.channels_last = not backbone.is_sequence
+    if backbone.channels_last and weights_too:
+        backbone.to(memory_format=torch.channels_last)
 
 
 def _replicate(pair: NetworkPair, device: torch.device, accumulate: bool, deterministic: bool) -> ParallelCalls:
@@ -102,25 +118,31 @@ def _shard(
     pair: NetworkPair, config: ParallelConfig, precision: PrecisionConfig, device: torch.device
 ) -> ParallelCalls:
     """FSDP2: student and teacher sharded alike, so that the teacher's average needs no communication."""
-    # a network's outputs are views of its head's rows; nobody changes them in place
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = shard_mesh(config, device)
-    # evaluations run ranks at their own pace, which a sharded network cannot: they get the weights in one piece
-    with torch.no_grad():
-        skeleton = copy.deepcopy(pair.teacher.backbone).to("meta")
     # what the root gathers is needed at once when the backward pass begins; a teacher has none
     _shard_network(pair.student, mesh, precision, device, reshard=config.reshard_after_forward, root_reshard=False)
-    _shard_network(pair.teacher, mesh, precision, device, reshard=True, root_reshard=True)
-    # hooks of FSDP run on `forward` alone
-    if hasattr(pair.teacher, "search"):
-        register_fsdp_forward_method(pair.teacher, "search")
+    whole_teacher_backbone = _shard_teacher(pair.teacher, mesh, precision, device)
     replicated = [p for p in pair.student.parameters() if p.ndim <= 1 and p.requires_grad]
     return ParallelCalls(
         pair.student,
-        partial(_whole_backbone, skeleton, pair.teacher.backbone, device),
+        whole_teacher_backbone,
         accumulating=partial(_without_averaging, pair.student),
         finish_gradients=partial(average_gradients, replicated),
     )
+
+
+def _shard_teacher(
+    teacher: TrainableNetwork, mesh: DeviceMesh, precision: PrecisionConfig, device: torch.device
+) -> Callable[[], Backbone]:
+    """Shards a teacher in place; returns what puts its backbone together, on all ranks at once."""
+    # evaluations run ranks at their own pace, which a sharded network cannot: they get the weights in one piece
+    with torch.no_grad():
+        skeleton = copy.deepcopy(teacher.backbone).to("meta")
+    _shard_network(teacher, mesh, precision, device, reshard=True, root_reshard=True)
+    # hooks of FSDP run on `forward` alone
+    if hasattr(teacher, "search"):
+        register_fsdp_forward_method(teacher, "search")
+    return partial(_whole_backbone, skeleton, teacher.backbone, device)
 
 
 def shard_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
@@ -142,6 +164,8 @@ def _shard_network(
     root_reshard: bool,
 ) -> None:
     """Groups from the inside out: each unit of the network, then the rest as the root."""
+    # a network's outputs are views of its head's rows; nobody changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # One-dimensional parameters (biases, normalisations, layer scales) stay whole and in fp32 on every rank: they are
     # small, and a normalisation with parameters in half precision would be another function than under DDP.
     whole = {p for p in network.parameters() if p.ndim <= 1}

@@ -67,6 +67,11 @@ class RunDirectory:
         return self.path / "eval"
 
     @property
+    def initial_weights(self) -> Path:
+        """First weights that came from elsewhere, `<branch>.safetensors`, and where from, `<branch>.json`."""
+        return self.path / "init"
+
+    @property
     def failures(self) -> Path:
         """What was known when a loss was not finite, `step-<n>/`."""
         return self.path / "failures"

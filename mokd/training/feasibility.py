@@ -10,6 +10,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import count_samples
 from mokd.config import RunConfig
 from mokd.evaluation.data import check_neighbours, open_pair
+from mokd.runs.run_directory import RunDirectory
 
 
 def images_per_rank(config: RunConfig, world_size: int) -> int:
@@ -43,8 +44,11 @@ def check_shard_groups(config: RunConfig, world_size: int) -> None:
         raise UserError(f"parallel.shard_group_size: {world_size} ranks cannot be dealt into groups of {size}")
 
 
-def check(config: RunConfig, world_size: int) -> None:
-    """UserError, in one line, for a run that cannot work: batch, data, network and crop sizes."""
+def check(config: RunConfig, world_size: int, run: RunDirectory | None = None) -> None:
+    """UserError, in one line, for a run that cannot work: batch, data, networks, crop sizes, weights to start from.
+
+    run: the directory, where there is one already.
+    """
     check_shard_groups(config, world_size)
     per_rank = images_per_rank(config, world_size)
     data = config.data
@@ -59,24 +63,16 @@ def check(config: RunConfig, world_size: int) -> None:
     if config.evaluation.every_epochs:
         train, _ = open_pair(config.evaluation, config.data, for_monitor=True)
         check_neighbours(config.evaluation.knn.k, train)
-    _check_networks(config)
+    _check_networks(config, run)
 
 
-def _check_networks(config: RunConfig) -> None:
-    from mokd.models.backbones import (  # torch and timm are imported only after the cheap checks
-        build_backbone,
-        load_weights,
-        measure_shapes,
-    )
+def _check_networks(config: RunConfig, run: RunDirectory | None) -> None:
+    from mokd.models.backbones import measure_shapes  # torch and timm are imported only after the cheap checks
+    from mokd.weights import initial
 
     sizes = [group.size_px for group in config.views.groups]
     if config.evaluation.every_epochs:
         sizes.append(config.evaluation.crop_px)
     for branch in config.branches:
-        global_px = config.views.global_crops.size_px
-        measure_shapes(branch, global_px, sizes, config.data.channels)
-        if branch.init is not None:
-            backbone = build_backbone(
-                branch, global_px, drop_path=0.0, images_per_rank=1, channels=config.data.channels
-            )
-            load_weights(backbone, branch.init, f"branches.{branch.name}")
+        measure_shapes(branch, config.views.global_crops.size_px, sizes, config.data.channels)
+    initial.check(config, run)

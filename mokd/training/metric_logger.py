@@ -16,7 +16,7 @@ from mokd.distributed.host_copy import HostCopy
 from mokd.distributed.process_group import Ranks, all_reduce_sum
 from mokd.distributed.stopping import StopRequest
 from mokd.evaluation.online import OnlineEvaluation
-from mokd.objectives.branch import Branch, BranchLoss
+from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
 from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.metrics import MetricsWriter, read_metrics
 from mokd.runs.progress import TrainingProgress
@@ -160,7 +160,7 @@ class MetricLogger:
         wanted = {(step, f"eval/{branch.name}/{key}") for branch in self._config.branches for key in keys}
         return wanted <= self._measured
 
-    def evaluate(self, branches: Sequence[Branch], step: int) -> bool:
+    def evaluate(self, branches: Sequence[TeachingBranch], step: int) -> bool:
         """k-NN of every branch's teacher; all ranks take part. False where it was broken off, on all of them.
 
         A linear probe on the same features goes on in a thread of the first rank and is written when it is there.

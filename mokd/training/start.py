@@ -28,14 +28,16 @@ def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int, res
     config = with_absolute_paths(config, RunDirectory.open(path).config() if exists and resume else None)
     if exists and not (resume or restart):
         raise UserError(f"{path}: this run exists already; continue it with --resume, or set another name=...")
-    check(config, world_size)
+    check(config, world_size, RunDirectory(path) if exists else None)
     if exists and restart:
         from mokd.checkpointing import choose  # torch is imported only after the cheap checks
 
         print(f"{path}: begins at step 0; what there was is in {choose.restart(RunDirectory(path))}", file=sys.stderr)
         exists = False
     if not exists:
-        return RunDirectory.create(path, config)
+        from mokd.weights import initial
+
+        return initial.create_run(path, config)
     run = RunDirectory.open(path)
     _check_resumable(run, config)
     replace_text(run.config_file, schema.dump_yaml(config), durable=True)

@@ -16,7 +16,7 @@ from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
 from mokd.models.drop_path import micro_batch
 from mokd.objectives.base import Objective
-from mokd.objectives.branch import Branch, BranchLoss, mean_loss
+from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch, learning, mean_loss
 from mokd.optim.loss_scale import any_overflow
 from mokd.optim.precision import autocast
 from mokd.optim.schedules import cosine
@@ -56,12 +56,15 @@ def seed_branch(seed: int, step: int, branch: str) -> None:
 
 
 class TrainingStep:
-    """Trains branches on one batch after another; nothing is remembered from step to step but their state."""
+    """Trains branches on one batch after another; nothing is remembered from step to step but their state.
+
+    learning: those of them that are not frozen, in whose order losses and rates are given.
+    """
 
     def __init__(
         self,
         config: RunConfig,
-        branches: Sequence[Branch],
+        branches: Sequence[TeachingBranch],
         objective: Objective[Any],
         stop: StopRequest,
         ranks: Ranks,
@@ -69,6 +72,7 @@ class TrainingStep:
         epoch_steps: int,
     ) -> None:
         self.config, self.branches, self.objective = config, branches, objective
+        self.learning = learning(branches)
         self.stop, self.ranks, self.device = stop, ranks, device
         self.epoch_steps = epoch_steps
 
@@ -90,17 +94,17 @@ class TrainingStep:
             with ExitStack() as stack:
                 stack.enter_context(micro_batch(index, parts))
                 if not last:  # one mean over ranks a step
-                    for branch in self.branches:
+                    for branch in self.learning:
                         stack.enter_context(branch.accumulating())
                 views = [group.chunk(parts, dim=1)[index] for group in groups]
                 losses: list[BranchLoss] = []
                 with autocast(self.config.precision, self.device):
                     taught = self.objective.teach(self.branches, views, epoch)
-                for i, branch in enumerate(self.branches):
+                for branch in self.learning:
                     seed_branch(self.config.seed, step, branch.name)
                     with autocast(self.config.precision, self.device):
-                        losses.append(self.objective.loss(i, self.branches, taught, views, epoch))
-                    if i + 1 == len(self.branches):
+                        losses.append(self.objective.loss(branch, self.branches, taught, views, epoch))
+                    if len(losses) == len(self.learning):
                         so_far = mean_loss(so_far, losses, parts)
                         if last:
                             # asked ahead of the last backward pass, whose work covers the answer's way to the host
@@ -114,19 +118,19 @@ class TrainingStep:
     def _update(self, step: int) -> list[float]:
         """Optimiser and teacher of every branch; their learning rates. One with an overflow stands still."""
         taken = []
-        for branch in self.branches:
+        for branch in self.learning:
             branch.finish_gradients()
             taken.append(branch.optimizer.take_gradients(step))
         overflowed = [False] * len(taken)
         if self.config.precision.compute == "fp16":
             overflowed = any_overflow(taken)
-            for branch, gradients in zip(self.branches, taken, strict=True):
+            for branch, gradients in zip(self.learning, taken, strict=True):
                 assert branch.loss_scale is not None
                 torch._foreach_mul_(gradients, 1.0 / branch.loss_scale.scale)
         steps = self.config.optim.epochs * self.epoch_steps
         momentum = cosine(step, steps, *self.config.optim.teacher_momentum)
         rates = []
-        for branch, overflow in zip(self.branches, overflowed, strict=True):
+        for branch, overflow in zip(self.learning, overflowed, strict=True):
             if branch.loss_scale is not None:
                 branch.loss_scale.update(overflow)
             if overflow:
@@ -151,7 +155,7 @@ class TrainingStep:
         """Of all ranks: whether anybody was asked to stop, and whether every loss term is finite."""
         self._terms = {
             f"loss/{branch.name}/{term}": value
-            for branch, loss in zip(self.branches, losses, strict=True)
+            for branch, loss in zip(self.learning, losses, strict=True)
             for term, value in [*loss.terms.items(), ("total", loss.total)]
         }
         return Agreement(self._terms, self.stop.reason is not None, self.device)

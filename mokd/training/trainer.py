@@ -27,6 +27,7 @@ from mokd.training import failure_report
 from mokd.training.feasibility import data_identity, images_per_rank
 from mokd.training.metric_logger import MetricLogger
 from mokd.training.step import NonFiniteLossError, TrainingStep
+from mokd.weights import initial
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Trainer:
         # the other ranks take the one that it has found, and read only what they need
         found = decided_by_main(lambda: search() if search else None)
         if found is None:
+            initial.load(self.run, self.config, self.branches)
             return 0
         state.check_identity(found, self.identity)
         if self.ranks.is_main:
@@ -149,14 +151,14 @@ class Trainer:
             done = self.training_step.run(self.step, batch.views, epoch)
         except NonFiniteLossError as error:
             monitors = self.report.newest_finite()
-            text = failure_report.write(self.run, error, batch, self.branches, self.ranks, monitors)
+            text = failure_report.write(self.run, error, batch, self.training_step.learning, self.ranks, monitors)
             error.args = (text,)
             raise
         self.step += 1
         if self.heartbeat.current in ("start", "compile"):
             set_timeout(self.config.parallel.timeout_seconds)
         self.heartbeat.phase("step", self.step)
-        self.report.step(self.step, epoch, self.branches, done.losses, done.rates)
+        self.report.step(self.step, epoch, self.training_step.learning, done.losses, done.rates)
         return done.stopping
 
     def _evaluation_due(self) -> bool:

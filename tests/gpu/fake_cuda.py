@@ -23,7 +23,7 @@ from mokd.config import RunConfig
 from mokd.losses import prototype_loss
 from mokd.losses.kernels import plain
 from mokd.models import sync_batchnorm
-from mokd.objectives.base import build_objective
+from mokd.objectives.base import build_objective, build_pair
 from mokd.objectives.branch import Branch, single_process
 from mokd.optim.precision import view_dtype
 from mokd.parallel.parallelize import _use_channels_last
@@ -56,9 +56,10 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
     """
     with torch.device("meta"):
         meta = build_objective(config, torch.device("meta"))
-        pairs = [meta.build_networks(branch, images) for branch in config.branches]
+        pairs = [build_pair(meta, branch, images) for branch in config.branches]
     for pair in pairs:
-        _use_channels_last(pair, weights_too=True)
+        for network in (pair.student, pair.teacher):
+            _use_channels_last(network, weights_too=True)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(prototype_loss, "_kernels", return_value=plain))
         # without a driver autocast would turn itself off

@@ -30,9 +30,9 @@ def forward(step: FakeStep, config: RunConfig, seen: Launches | None = None) -> 
     with autocast(config.precision, CUDA):
         taught = step.objective.teach(step.branches, step.views, EPOCH)
     found, losses = {"teachers": count()}, []
-    for i, branch in enumerate(step.branches):
+    for branch in step.branches:
         with autocast(config.precision, CUDA):
-            losses.append(step.objective.loss(i, step.branches, taught, step.views, EPOCH))
+            losses.append(step.objective.loss(branch, step.branches, taught, step.views, EPOCH))
         found[branch.name] = count()
     step.objective.commit()
     return found, losses

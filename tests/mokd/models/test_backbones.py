@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.config import BranchConfig
-from mokd.models.backbones import build_backbone, load_weights, measure_shapes
+from mokd.models.backbones import build_backbone, measure_shapes
+from mokd.weights.formats import load_weights
 
 
 def branch(backbone: str, **changes: object) -> BranchConfig:
