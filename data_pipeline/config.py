@@ -19,11 +19,15 @@ class CropConfig(StrictModel):
     A probability given as a list has one entry per view of the group; one entry serves all of them.
     """
 
-    count: Annotated[int, Field(ge=0)]
-    size_px: PositiveInt
-    area_scale: Interval
-    blur_probability: tuple[Probability, ...]
-    solarize_probability: tuple[Probability, ...] = (0.0,)
+    count: Annotated[int, Field(ge=0, description="views of this kind")]
+    size_px: Annotated[PositiveInt, Field(description="side of a view")]
+    area_scale: Annotated[Interval, Field(description="part of the image's area that a crop covers, [least, most]")]
+    blur_probability: Annotated[
+        tuple[Probability, ...], Field(description="of a Gaussian blur, for each view or one for all")
+    ]
+    solarize_probability: Annotated[
+        tuple[Probability, ...], Field(description="of solarisation, for each view or one for all")
+    ] = (0.0,)
 
     @model_validator(mode="after")
     def _consistent(self) -> CropConfig:
@@ -40,11 +44,11 @@ class CropConfig(StrictModel):
 class JitterConfig(StrictModel):
     """Colour jitter as torchvision defines it, its four operations in random order."""
 
-    probability: Probability = 0.8
-    brightness: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
-    contrast: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
-    saturation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    probability: Annotated[Probability, Field(description="that a view's colours are changed at all")] = 0.8
+    brightness: Annotated[float, Field(ge=0.0, le=1.0, description="largest change of brightness")] = 0.4
+    contrast: Annotated[float, Field(ge=0.0, le=1.0, description="largest change of contrast")] = 0.4
+    saturation: Annotated[float, Field(ge=0.0, le=1.0, description="largest change of saturation")] = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5, description="largest turn of the hue, in full circles")] = 0.1
 
 
 class ViewsConfig(StrictModel):
@@ -58,14 +62,23 @@ class ViewsConfig(StrictModel):
         solarize_probability=(0.0, 0.2),
     )
     local_crops: CropConfig = CropConfig(count=8, size_px=96, area_scale=(0.05, 0.25), blur_probability=(0.5,))
-    aspect_ratio: Interval = (3.0 / 4.0, 4.0 / 3.0)
-    flip_probability: Probability = 0.5
+    aspect_ratio: Annotated[Interval, Field(description="width over height of a crop, [least, most]")] = (
+        3.0 / 4.0,
+        4.0 / 3.0,
+    )
+    flip_probability: Annotated[Probability, Field(description="of a horizontal flip")] = 0.5
     jitter: JitterConfig = JitterConfig()
-    grey_probability: Probability = 0.2
-    blur_radius_px: Interval = (0.1, 2.0)
-    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = 128
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    grey_probability: Annotated[Probability, Field(description="that a view loses its colours")] = 0.2
+    blur_radius_px: Annotated[Interval, Field(description="standard deviation of the blur, [least, most]")] = (0.1, 2.0)
+    solarize_threshold: Annotated[
+        int, Field(ge=0, le=255, description="grey level from which solarisation inverts")
+    ] = 128
+    mean: Annotated[tuple[float, ...], Field(description="of each channel, subtracted (images are 0 to 1)")] = (
+        0.485,
+        0.456,
+        0.406,
+    )
+    std: Annotated[tuple[float, ...], Field(description="of each channel, divided by")] = (0.229, 0.224, 0.225)
 
     @model_validator(mode="after")
     def _consistent(self) -> ViewsConfig:
@@ -101,15 +114,22 @@ class ViewsConfig(StrictModel):
 class DataConfig(StrictModel):
     """Where the training images are and how they are read."""
 
-    train: Path
+    train: Annotated[Path, Field(description="training images: a beton, or with torchvision a folder")]
     channels: Annotated[
         int, Field(ge=1, le=MAX_CHANNELS, description="3: RGB; 1: grey; another number: as converted with --channels")
     ] = 3
-    backend: Literal["ffcv", "torchvision"] = "ffcv"
-    order: Literal["permutation", "blocks"] = "permutation"
+    backend: Annotated[
+        Literal["ffcv", "torchvision"], Field(description="ffcv, or torchvision where FFCV is not installed")
+    ] = "ffcv"
+    order: Annotated[
+        Literal["permutation", "blocks"],
+        Field(description="permutation: any image after any; blocks: for data sets larger than memory"),
+    ] = "permutation"
     workers: Annotated[int, Field(ge=1, description="decoding threads (ffcv) or processes (torchvision) per rank")] = 8
-    batches_ahead: Annotated[int, Field(ge=1)] = 3
-    batch_timeout_seconds: PositiveFloat = 120.0
+    batches_ahead: Annotated[int, Field(ge=1, description="batches that are prepared ahead")] = 3
+    batch_timeout_seconds: Annotated[
+        PositiveFloat, Field(description="without a batch, after which the loader is taken for dead")
+    ] = 120.0
     limit: Annotated[PositiveInt | None, Field(description="use only so many samples: a fixed random part")] = None
 
 

@@ -30,24 +30,26 @@ class ClusterConfig(StrictModel):
     """Where and how a run is scheduled."""
 
     site: Annotated[str | None, Field(description="a profile in ~/.config/mokd/sites/")] = None
-    nodes: PositiveInt = 1
-    gpus_per_node: NonNegativeInt = 0
+    nodes: Annotated[PositiveInt, Field(description="of a job")] = 1
+    gpus_per_node: Annotated[NonNegativeInt, Field(description="default: all that SLURM says a node has")] = 0
     tasks_per_node: Annotated[PositiveInt | None, Field(description="default: one per GPU, or one")] = None
-    cpus_per_task: PositiveInt = 1
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    cpus_per_task: Annotated[PositiveInt, Field(description="default: a rank's share of the node's")] = 1
+    partition: Annotated[str | None, Field(description="default: SLURM's, or one with GPUs")] = None
+    account: Annotated[str | None, Field(description="as sbatch has it")] = None
+    qos: Annotated[str | None, Field(description="as sbatch has it")] = None
     time: Annotated[str, Field(description="limit of one slice: minutes, H:MM:SS or D-HH:MM:SS")] = "24:00:00"
-    constraint: str | None = None
-    exclude: str | None = None
+    constraint: Annotated[str | None, Field(description="features of nodes, as sbatch has it")] = None
+    exclude: Annotated[str | None, Field(description="nodes to stay away from")] = None
     sbatch: Annotated[dict[str, str | int | bool], Field(description="any further sbatch parameter")] = {}
     srun: Annotated[tuple[str, ...], Field(description="further arguments of srun")] = ()
     setup: Annotated[tuple[str, ...], Field(description="shell lines run on the first node before training")] = ()
-    environment: dict[str, str] = {}
+    environment: Annotated[dict[str, str], Field(description="variables of the ranks")] = {}
     array_parallelism: Annotated[PositiveInt, Field(description="runs of a sweep at one time")] = 16
     signal_lead_seconds: Annotated[PositiveInt, Field(description="warning before the time limit")] = 120
-    max_requeues: NonNegativeInt = 1000
-    max_restarts_without_progress: NonNegativeInt = 3
+    max_requeues: Annotated[NonNegativeInt, Field(description="after which a run stops")] = 1000
+    max_restarts_without_progress: Annotated[
+        NonNegativeInt, Field(description="failures at one checkpoint after which a run stops")
+    ] = 3
     startup_timeout_seconds: Annotated[PositiveInt, Field(description="from start to the first step")] = 1800
     compile_timeout_seconds: Annotated[PositiveInt, Field(description="a first step that compiles")] = 3600
     hang_timeout_seconds: Annotated[PositiveInt, Field(description="without a step while training")] = 900

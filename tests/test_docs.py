@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 
+from launcher.cli import main as cli
 from tests.support import ROOT
 from tests.test_layering import ROOMS
 
@@ -122,6 +125,45 @@ def test_what_does_not_exist_is_found() -> None:
         "slurm.md#nowhere: no such heading",
         "#here: no such heading",
     ]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every `mokd ...` in the fenced blocks, several of a line apart, without comments."""
+    for block in re.findall(r"^```(?!mermaid)\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;|\|", line.partition(" #")[0]):
+                words = part.replace("[key=value ...]", "").split()
+                if words[:1] == ["mokd"]:
+                    yield shlex.split(part)[1:]
+
+
+def parse(words: list[str]) -> None:
+    """Raises what the command line raises for options and arguments that a command does not have; runs nothing."""
+    at = typer.main.get_command(cli.app)
+    context = at.context_class(at, info_name="mokd")
+    while words and hasattr(at, "get_command") and not words[0].startswith("-"):
+        found = at.get_command(context, words[0])
+        assert found is not None, f"no command {words[0]}"
+        at, context, words = found, at.context_class(found, parent=context, info_name=words[0]), words[1:]
+    at.parse_args(context, words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_and_arguments_that_a_page_gives_them(page: Path) -> None:
+    """As the command line parses them; what the commands do is tested where they are."""
+    for words in commands(page.read_text(encoding="utf-8")):
+        parse(words)
+
+
+def test_a_wrong_command_on_a_page_is_found() -> None:
+    text = "```\nmokd train a.yaml --nproc 2 # two\n  mokd eval RUN && mokd x\nmokdir\n```\nmokd y\n"
+    assert list(commands(text)) == [["train", "a.yaml", "--nproc", "2"], ["eval", "RUN"], ["x"]]
+    with pytest.raises(Exception, match="No such option: --npoc"):
+        parse(["train", "a.yaml", "--npoc", "2"])
+    with pytest.raises(Exception, match="Missing parameter: config"):
+        parse(["train"])
+    with pytest.raises(AssertionError, match="no command trian"):
+        parse(["trian"])
 
 
 @pytest.mark.parametrize("package", ROOMS)

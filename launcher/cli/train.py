@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.core.schema import dump_yaml
 from launcher.cli.console import find_config, messages, print_json, print_table
 from mokd.comparison.solo import load_run_config
@@ -26,16 +27,39 @@ def register(app: typer.Typer) -> None:
 
 
 def config(
-    config: Annotated[str, typer.Argument(help="a configuration file, or its bare name in configs/")],
+    config: Annotated[str | None, typer.Argument(help="a configuration file, or its bare name in configs/")] = None,
     overrides: Overrides = None,
+    keys: Annotated[
+        str | None, typer.Option(metavar="PREFIX", help="what the keys mean that begin so, for example optim or views.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a configuration and print it with every default written out."""
+    """Check a configuration and print it with every default written out; --keys: what the keys mean."""
+    if keys is not None:
+        return _print_keys(keys, as_json)
+    if config is None:
+        raise UserError("config: give a configuration, for example: mokd config demo.yaml; or --keys optim")
     resolved = load_config(find_config(config), overrides or [])
     if as_json:
         print_json(resolved.model_dump(mode="json"))
     else:
         print(dump_yaml(resolved), end="")
+    return None
+
+
+def _print_keys(prefix: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from launcher.first_steps import reference
+
+    found = [key for key in reference.all_keys() if key.name.startswith(prefix)]
+    if not found:
+        sections = dict.fromkeys(key.name.partition(".")[0] for key in reference.all_keys())
+        raise UserError(f"--keys {prefix}: no key begins so; sections: {', '.join(sections)}")
+    if as_json:
+        print_json({"keys": [asdict(key) for key in found]})
+    for key in () if as_json else found:
+        print(f"{key.name} = {key.default or '(to be given)'}   [{key.allowed}]\n    {key.meaning}")
 
 
 def train(

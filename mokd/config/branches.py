@@ -14,7 +14,7 @@ from mokd.config.weights import parse_init
 class GroupConfig(StrictModel):
     """Schedule of a group of parameters. `lr` is the peak rate for a global batch of 256; it scales with the batch."""
 
-    lr: NonNegativeFloat
+    lr: Annotated[NonNegativeFloat, Field(description="peak rate for a batch of 256; scaled by the batch")]
     min_lr: Annotated[NonNegativeFloat, Field(description="final rate, not scaled by the batch")] = 0.0
     weight_decay: Annotated[
         NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat],
@@ -32,7 +32,7 @@ class GroupConfig(StrictModel):
 class OptimizerConfig(GroupConfig):
     """A branch's optimiser and the schedule of every parameter that has no group of its own."""
 
-    kind: Literal["sgd", "adamw"]
+    kind: Annotated[Literal["sgd", "adamw"], Field(description="sgd or adamw")]
     momentum: Annotated[float, Field(ge=0.0, lt=1.0, description="sgd")] = 0.9
     betas: Annotated[tuple[float, float], Field(description="adamw")] = (0.9, 0.999)
 
@@ -40,19 +40,19 @@ class OptimizerConfig(GroupConfig):
 class MlpHeadConfig(StrictModel):
     """Linear layers with GELU between, then L2 normalisation and the prototypes."""
 
-    layers: PositiveInt = 3
-    hidden: PositiveInt = 2048
-    bottleneck: PositiveInt = 256
-    batch_norm: bool = False
+    layers: Annotated[PositiveInt, Field(description="linear layers")] = 3
+    hidden: Annotated[PositiveInt, Field(description="width between them")] = 2048
+    bottleneck: Annotated[PositiveInt, Field(description="width ahead of the prototypes")] = 256
+    batch_norm: Annotated[bool, Field(description="BatchNorm after every layer but the last")] = False
     train_gain: Annotated[bool, Field(description="train the gain of the prototypes' weight norm")] = True
 
 
 class BranchConfig(StrictModel):
     """One network under training: a student and its teacher."""
 
-    name: str
+    name: Annotated[str, Field(description="of the branch: in files, metrics and commands")]
     backbone: Annotated[str, Field(description="a timm model name")]
-    backbone_options: dict[str, Any] = {}
+    backbone_options: Annotated[dict[str, Any], Field(description="arguments of timm's constructor")] = {}
     stem: Annotated[
         Literal["default", "cifar", "cifar_stride2"],
         Field(description="ResNets on small images: one 3x3 convolution, no pooling; stride 1 or 2"),
@@ -68,11 +68,15 @@ class BranchConfig(StrictModel):
         bool, Field(description="gives targets with the weights of init and learns nothing; see docs/method.md")
     ] = False
     weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0, description="stochastic depth of the student")] = 0.0
     mlp_head: MlpHeadConfig = MlpHeadConfig()
     optimizer: Annotated[OptimizerConfig | None, Field(description="a frozen branch has none")] = None
-    t_head_group: GroupConfig | None = None
-    teacher_temp_warmup_epochs: NonNegativeInt = 30
+    t_head_group: Annotated[
+        GroupConfig | None, Field(description="rates of the T-Head's parameters; default: the optimizer's")
+    ] = None
+    teacher_temp_warmup_epochs: Annotated[
+        NonNegativeInt, Field(description="of the temperature of its own targets")
+    ] = 30
     activation_checkpointing: Annotated[
         bool,
         Field(description="keep only the inputs of the backbone's blocks, compute the rest again: memory for time"),

@@ -13,15 +13,15 @@ from data_pipeline.core.schema import NonNegativeFloat, NonNegativeInt, Positive
 class KnnConfig(StrictModel):
     """Weighted k-nearest-neighbour classification."""
 
-    k: tuple[PositiveInt, ...] = (10, 20, 30)
-    temperature: PositiveFloat = 0.07
+    k: Annotated[tuple[PositiveInt, ...], Field(description="neighbours; each is reported")] = (10, 20, 30)
+    temperature: Annotated[PositiveFloat, Field(description="of the neighbours' weights")] = 0.07
 
 
 class LinearConfig(StrictModel):
     """Linear classifiers on frozen features: SGD with momentum 0.9, no decay, cosine; all rates in one pass."""
 
-    epochs: PositiveInt = 100
-    batch: PositiveInt = 256
+    epochs: Annotated[PositiveInt, Field(description="of the classifier's training")] = 100
+    batch: Annotated[PositiveInt, Field(description="images of a step")] = 256
     rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, description="for a batch of 256")] = (
         *(0.001, 0.003, 0.01, 0.03),
         *(0.1, 0.3, 1.0, 3.0, 10.0),
@@ -44,51 +44,54 @@ class RatesConfig(StrictModel):
 
     lr: Annotated[PositiveFloat, Field(description="of the backbone's last layer")]
     head_lr: Annotated[PositiveFloat, Field(description="of the classifier; of all layers of an untrained network")]
-    weight_decay: NonNegativeFloat = 0.0
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    weight_decay: Annotated[NonNegativeFloat, Field(description="of all weights")] = 0.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0, description="a layer's rate over that of the one above")] = 1.0
 
 
 class FinetuneConfig(StrictModel):
     """Training of a whole backbone with a linear classifier on labels: random crops and flips, cosine to 0."""
 
-    epochs: PositiveInt = 50
+    epochs: Annotated[PositiveInt, Field(description="of training with labels")] = 50
     batch: Annotated[PositiveInt, Field(description="of all ranks; at most the images that there are")] = 256
-    warmup_epochs: NonNegativeFloat = 1.0
+    warmup_epochs: Annotated[NonNegativeFloat, Field(description="of the rates, linear")] = 1.0
     optimizer: Annotated[
         Literal["sgd", "adamw"] | None, Field(description="default: adamw for transformers, sgd for others")
     ] = None
     sgd: RatesConfig = RatesConfig(lr=0.02, head_lr=0.2)
     adamw: RatesConfig = RatesConfig(lr=5.0e-4, head_lr=5.0e-3, weight_decay=0.05, layer_decay=0.75)
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0, description="stochastic depth of the backbone")] = 0.0
 
 
 class SemiConfig(FinetuneConfig):
     """Fine-tuning on a class-balanced part of the labels."""
 
-    fractions: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(min_length=1)] = (0.01, 0.1)
+    fractions: Annotated[
+        tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...],
+        Field(min_length=1, description="of the labels; each is reported"),
+    ] = (0.01, 0.1)
 
 
 class TransferConfig(FinetuneConfig):
     """Fine-tuning on another labelled data set."""
 
-    train: Path | None = None
-    test: Path | None = None
+    train: Annotated[Path | None, Field(description="the other data set's training images")] = None
+    test: Annotated[Path | None, Field(description="and its test images")] = None
 
 
 class EvaluationConfig(StrictModel):
     """Labelled data and protocol of the evaluations; without `train` and `test` nothing runs while training."""
 
-    train: Path | None = None
-    test: Path | None = None
+    train: Annotated[Path | None, Field(description="labelled images that the classifiers learn from")] = None
+    test: Annotated[Path | None, Field(description="labelled images that they are tested on")] = None
     every_epochs: Annotated[PositiveInt | None, Field(description="evaluate while training, and at step 0")] = None
     train_limit: Annotated[PositiveInt | None, Field(description="use only so many images, a fixed random part")] = None
-    test_limit: PositiveInt | None = None
+    test_limit: Annotated[PositiveInt | None, Field(description="the same of test")] = None
     monitor_train_limit: Annotated[
         PositiveInt | None, Field(description="of `train`, while training; default: all that `train_limit` leaves")
     ] = None
-    resize_px: PositiveInt = 256
-    crop_px: PositiveInt = 224
-    batch: PositiveInt = 64
+    resize_px: Annotated[PositiveInt, Field(description="shorter side of an image")] = 256
+    crop_px: Annotated[PositiveInt, Field(description="side of the central crop")] = 224
+    batch: Annotated[PositiveInt, Field(description="images at a time, of a rank")] = 64
     area_scale: Annotated[tuple[float, float], Field(description="of the random crops of training with labels")] = (
         0.08,
         1.0,

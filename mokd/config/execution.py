@@ -19,18 +19,20 @@ from data_pipeline.core.schema import (
 class OptimConfig(StrictModel):
     """Length, batch and schedules of the optimisation."""
 
-    epochs: PositiveInt = 100
+    epochs: Annotated[PositiveInt, Field(description="passes over the images; schedules span them")] = 100
     global_batch: Annotated[PositiveInt, Field(description="images per step over all ranks")] = 256
     accumulate: Annotated[
         PositiveInt, Field(description="micro-batches per step: each rank's images are dealt into so many parts")
     ] = 1
-    warmup_epochs: NonNegativeFloat = 10.0
+    warmup_epochs: Annotated[NonNegativeFloat, Field(description="of the learning rate, linear")] = 10.0
     max_steps: Annotated[PositiveInt | None, Field(description="stop early; the schedules still span the epochs")] = (
         None
     )
     clip_grad_norm: Annotated[PositiveFloat | None, Field(description="per parameter; null turns it off")] = 3.0
-    freeze_last_layer_epochs: NonNegativeInt = 1
-    teacher_momentum: tuple[Probability, Probability] = (0.996, 1.0)
+    freeze_last_layer_epochs: Annotated[NonNegativeInt, Field(description="in which the prototypes stand still")] = 1
+    teacher_momentum: Annotated[
+        tuple[Probability, Probability], Field(description="of the teacher's average, [first, last] of a cosine")
+    ] = (0.996, 1.0)
 
 
 class PrecisionConfig(StrictModel):
@@ -101,7 +103,7 @@ class CheckpointConfig(StrictModel):
     asynchronous: Annotated[bool, Field(description="train on while a thread writes; costs a copy in host memory")] = (
         True
     )
-    keep_last: PositiveInt = 2
+    keep_last: Annotated[PositiveInt, Field(description="newest checkpoints that are kept")] = 2
     keep_every_steps: Annotated[PositiveInt | None, Field(description="never prune steps divisible by this")] = None
 
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class THeadConfig(StrictModel):
     """The T-Head, the same for every branch since one branch's query enters another's."""
 
-    width: PositiveInt = 384
-    depth: PositiveInt = 3
-    heads: PositiveInt = 6
-    mlp_ratio: PositiveFloat = 4.0
+    width: Annotated[PositiveInt, Field(description="of its tokens")] = 384
+    depth: Annotated[PositiveInt, Field(description="transformer blocks")] = 3
+    heads: Annotated[PositiveInt, Field(description="attention heads; divide the width")] = 6
+    mlp_ratio: Annotated[PositiveFloat, Field(description="hidden width of its MLPs over its width")] = 4.0
     gain: Annotated[
         PositiveFloat, Field(description="first gain of the prototypes' weight norm; smaller: softer targets at first")
     ] = 1.0
@@ -41,10 +41,12 @@ class THeadConfig(StrictModel):
 class TermsConfig(StrictModel):
     """Which of the four loss terms take part (ablations)."""
 
-    self_mlp: bool = True
-    self_thead: bool = True
-    cross_mlp: bool = True
-    cross_search: bool = True
+    self_mlp: Annotated[bool, Field(description="self-distillation, MLP head")] = True
+    self_thead: Annotated[bool, Field(description="self-distillation, T-Head")] = True
+    cross_mlp: Annotated[bool, Field(description="cross-distillation, MLP head")] = True
+    cross_search: Annotated[
+        bool, Field(description="cross-distillation, what local views find in the other branch's map")
+    ] = True
 
 
 class ObjectiveConfig(StrictModel):
@@ -60,14 +62,20 @@ class ObjectiveConfig(StrictModel):
 class DinoConfig(ObjectiveConfig):
     """The four distillation terms over prototypes (method of the paper)."""
 
-    kind: Literal["dino"] = "dino"
-    prototypes: PositiveInt = 65536
+    kind: Annotated[Literal["dino"], Field(description="self- and cross-distillation over prototypes")] = "dino"
+    prototypes: Annotated[PositiveInt, Field(description="K, of every head")] = 65536
     t_head: THeadConfig = THeadConfig()
     terms: TermsConfig = TermsConfig()
-    student_temp: PositiveFloat = 0.1
-    teacher_temp: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
-    cross_temp_warmup_epochs: NonNegativeInt = 30
-    center_momentum: Probability = 0.9
+    student_temp: Annotated[PositiveFloat, Field(description="temperature of the students")] = 0.1
+    teacher_temp: Annotated[
+        tuple[PositiveFloat, PositiveFloat], Field(description="of the teachers, [first, last] of the warm-up")
+    ] = (0.04, 0.07)
+    cross_temp_warmup_epochs: Annotated[
+        NonNegativeInt, Field(description="of the temperature of targets from another branch")
+    ] = 30
+    center_momentum: Annotated[Probability, Field(description="of the moving average that targets are centred by")] = (
+        0.9
+    )
     center_search: Annotated[
         bool, Field(description="ablation: also what the search finds is centred, by the other T-Head's centre")
     ] = False
@@ -93,25 +101,25 @@ class DinoConfig(ObjectiveConfig):
 class ProjectionConfig(StrictModel):
     """Linear layers with GELU between, over the pooled feature and over every position of the dense ones."""
 
-    layers: PositiveInt = 2
-    hidden: PositiveInt = 2048
+    layers: Annotated[PositiveInt, Field(description="linear layers")] = 2
+    hidden: Annotated[PositiveInt, Field(description="width between them")] = 2048
 
 
 class BankConfig(StrictModel):
     """The memory bank of a branch: the newest keys of its teacher, negatives for the queries."""
 
-    size: PositiveInt = 65536
-    storage: Literal["fp32", "bf16"] = "fp32"
+    size: Annotated[PositiveInt, Field(description="keys that are kept")] = 65536
+    storage: Annotated[Literal["fp32", "bf16"], Field(description="precision of the keys")] = "fp32"
 
 
 class ContrastiveConfig(ObjectiveConfig):
     """InfoNCE against memory banks; cross-distillation by feature extraction, matching and alignment."""
 
-    kind: Literal["contrastive"] = "contrastive"
+    kind: Annotated[Literal["contrastive"], Field(description="InfoNCE against memory banks")] = "contrastive"
     width: Annotated[PositiveInt, Field(description="D, of queries and keys")] = 128
     projection: ProjectionConfig = ProjectionConfig()
     bank: BankConfig = BankConfig()
-    temperature: PositiveFloat = 0.07
+    temperature: Annotated[PositiveFloat, Field(description="of the similarities")] = 0.07
     cross_weight: Annotated[NonNegativeFloat, Field(description="beta; 0 leaves the cross terms out")] = 0.01
     residual_weight: Annotated[NonNegativeFloat, Field(description="lambda, of the other teacher's projection")] = 0.5
 

@@ -30,8 +30,8 @@ from mokd.config.weights import absolute_init
 class RunConfig(StrictModel):
     """A whole run. `cluster` is the launcher's: it is carried along here and validated there."""
 
-    name: str
-    seed: NonNegativeInt = 0
+    name: Annotated[str, Field(description="of the run and of its directory")]
+    seed: Annotated[NonNegativeInt, Field(description="of everything that is drawn")] = 0
     objective: AnyObjectiveConfig = DinoConfig()
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
@@ -43,7 +43,7 @@ class RunConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    cluster: dict[str, Any] = {}
+    cluster: Annotated[dict[str, Any], Field(description="see below")] = {}
 
     @field_validator("name")
     @classmethod
