@@ -8,13 +8,14 @@ NODES  ?= 1
 NPROC  ?= 2
 ARGS   ?=
 
-.PHONY: help setup demo demo-data test lint format wheel bench gpu-check launch train eval convert slurm-up slurm-down faults clean
+.PHONY: help setup demo demo-data test lint format wheel docs bench gpu-check launch train eval convert slurm-up slurm-down faults clean
 
 help:
 	@echo 'make demo                                   install, then train a small pair end to end (DATA=folder for your images)'
 	@echo 'make test                                   lint, then all tests'
 	@echo 'make format                                 ruff: format, and fix what it can'
 	@echo 'make wheel                                  dist/mokd-*.whl, which installs without a compiler'
+	@echo 'make docs                                   the pages as a site, in build/site'
 	@echo 'make convert SRC=imagenet/train OUT=train.beton'
 	@echo 'make train   CONFIG=demo.yaml NPROC=2       train on this machine'
 	@echo 'make launch  CONFIG=vit_s_resnet50.yaml NODES=4'
@@ -50,6 +51,11 @@ format: setup
 
 wheel: setup
 	@tools/wheel '$(VENV)'
+
+docs: setup
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/mkdocs build -q --site-dir build/site
+	@echo build/site/index.html
 
 bench: setup
 	$(MOKD) bench data $(ARGS)
