@@ -46,7 +46,7 @@ def _members(archive: Path) -> Iterator[Member]:
     try:
         with tarfile.open(archive, "r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined] # a list that would grow to the end
+                tar.members.clear()  # type: ignore[attr-defined]  # a list that would grow to the end
                 if info.isreg():
                     yield Member(archive, info.name, info.offset_data, info.size)
             # tarfile takes the end of the file for the end of the archive

@@ -47,7 +47,8 @@ def decode(content: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(content))
             image.load()
     except UnidentifiedImageError:
-        raise Unusable("not an image of a known kind") from None
+        more = "; a TIFF of other than 1 or 3 channels needs --channels" if content.startswith(_TIFF) else ""
+        raise Unusable("not an image of a known kind" + more) from None
     except Image.DecompressionBombError:
         raise Unusable("more pixels than any photograph; make it smaller first") from None
     except MemoryError:

@@ -179,3 +179,12 @@ def test_statistics_of_a_folder_and_of_its_beton(tmp_path: Path) -> None:
             line = next(line for line in done.stdout.splitlines() if line.startswith(f"views.{name}=["))
             assert np.allclose([float(x) for x in line.partition("[")[2].rstrip("]").split(",")], wanted, atol=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.beton", "out.beton.manifest.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "TIFF", "GIF", "AVIF", "BMP", "PPM", "JPEG2000"])
+def test_formats(kind: str) -> None:
+    buffer = io.BytesIO()
+    options = {"save_all": True, "append_images": [PICTURE.transpose(0)]} if kind in ("GIF", "TIFF", "WEBP") else {}
+    PICTURE.save(buffer, kind, **options)  # of several frames or pages the first
+    found = pixels(buffer.getvalue(), None, 3, None).values
+    assert np.abs(found.astype(int) - np.asarray(PICTURE)).mean() < 12.0

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data_pipeline.beton.convert import convert
+from data_pipeline.beton.convert import ConvertOptions, convert
+from data_pipeline.beton.images import Mode
 from data_pipeline.beton.sources import list_images
 from tests.support import ROOT, mokd
 
@@ -81,3 +84,16 @@ def test_a_beton_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None
     done = mokd("verify", tmp_path / "missing.beton")
     assert done.returncode == 2
     assert "no such beton" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["original", "raw"])
+def test_an_image_too_large_for_a_sample_is_skipped_with_the_way_out(tmp_path: Path, mode: Mode) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (2600, 2600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "large.jpg", quality=100, subsampling=0)
+    Image.fromarray(noise[:8, :8]).save(folder / "small.png")
+    report = convert([folder], tmp_path / "out.beton", ConvertOptions(mode=mode, quality=100))
+    assert [Path(skipped.path).name for skipped in report.skipped] == ["large.jpg"]
+    assert "use --max-resolution" in report.skipped[0].reason
+    assert not convert([folder], tmp_path / "fits.beton", ConvertOptions(mode=mode, max_resolution=1000)).skipped
