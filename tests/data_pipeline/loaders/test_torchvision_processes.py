@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.support import ROOT
 
 # reads an epoch, and leaves as ranks do: without tearing the interpreter down
@@ -38,7 +36,7 @@ if __name__ == "__main__":
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    # everything it starts inherits the pipe: reading to its end waits for the last of them
+    # all that it starts (workers, the fork server, the resource tracker) inherits the pipe, which ends with the last
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), *more],
         stdout=subprocess.PIPE,
@@ -58,13 +56,9 @@ def test_none_outlives_a_damaged_image(picture_folder: Path, tmp_path: Path) -> 
     assert "07.jpg" in said.splitlines()[-1]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes as Linux shows them")
 def test_none_outlives_a_killed_rank(picture_folder: Path) -> None:
     process = start(picture_folder, "wait")
     assert process.stdout is not None
     assert process.stdout.readline() == "batch\n"
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == 2  # the fork server, whose children the workers are, and the resource tracker
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
-    assert not [child for child in children if Path(f"/proc/{child}").exists()]
