@@ -146,12 +146,15 @@ def _batches(
     )
     try:
         yield from loader
+        return
     except DataError as error:  # raised in a worker: torch has wrapped its traceback around it
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
+        failure = DataError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX))
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        raise DataError(f"torchvision loader: {str(error).splitlines()[0]}") from None
+        failure = DataError(f"torchvision loader: {str(error).splitlines()[0]}")
+    # raised here, where the traceback that holds on to the workers and their queues is gone: they end now
+    raise failure
 
 
 def _end_with_owner(worker: int) -> None:

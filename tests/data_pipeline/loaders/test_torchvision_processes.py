@@ -40,6 +40,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), *more],
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -53,7 +54,7 @@ def test_none_outlives_a_damaged_image(picture_folder: Path, tmp_path: Path) -> 
     process = start(folder)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "07.jpg" in said.splitlines()[-1]
+    assert "07.jpg" in said.splitlines()[-1]  # nothing is said after it, of queues that were left
 
 
 def test_none_outlives_a_killed_rank(picture_folder: Path) -> None:
