@@ -170,7 +170,7 @@ def test_torchvisions_weights_come_from_its_cache(offline: Path) -> None:
         ("resnet18", "torchvision:ResNet18_Weights.IMAGENET1K_V1", ".pth is not in the cache and cannot be downloaded"),
         ("resnet18", "torchvision:ResNet18_Weights.V9", "torchvision has no such weights; similar: ResNet18_"),
         ("vit_base_patch16_plus_240", "timm", "timm has no weights of 'vit_base_patch16_plus_240'"),
-        ("resnet18", "hub:a/b/c", "cannot be read"),
+        ("resnet18", "hub:a/b/c", "the hub has no such weights"),
         ("resnet18", "nowhere.pth", "nowhere.pth: no such file"),
         ("resnet18", "run:nowhere/vit", "not a run directory"),
         ("resnet18", ".", "is a folder; give a file of weights"),
