@@ -40,7 +40,7 @@ class DistillationObjective:
     ) -> None:
         self.config, self.views = config, views
         px = views.global_crops.size_px
-        self.widths = {b.name: measure_shapes(b, px, [px]).pooled_width for b in branches if b.frozen}
+        self.widths = {b.name: measure_shapes(b, px, [px], views.channels).pooled_width for b in branches if b.frozen}
         self.queues: dict[str, MemoryBank] = {}
         if isinstance(config, SeedConfig):
             # fp32, unless everything is computed in more

@@ -190,6 +190,14 @@ def test_timms_weights_of_another_width_are_refused_by_the_first_mismatch(offlin
     assert "\n" not in str(caught.value)
 
 
+def test_timms_weights_take_other_channels(offline: Path) -> None:
+    net = scrambled(timm.create_model("test_vit"))
+    hub_cache(offline / "hub", "timm/test_vit.r160_in1k", model__safetensors=net.state_dict())
+    found = find(branch("test_vit", "timm"), 160, 1)
+    weight = net.state_dict()["patch_embed.proj.weight"]
+    torch.testing.assert_close(found.backbone["net.patch_embed.proj.weight"], weight.sum(dim=1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     ("init", "says"),
     [("hub:x", "expected hub:OWNER/REPOSITORY"), ("run:vit", "expected run:RUN/BRANCH"), ("timm:vit", "timm alone")],
