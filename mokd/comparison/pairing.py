@@ -43,7 +43,9 @@ _CROSS = (
 # an ablation is compared with the baseline that has all terms of its own
 _TERMS = "objective.terms."
 # what distils frozen branches has no baseline of its own kind: alone, nothing is left to learn from
-_DISTILLED = re.compile(r"objective\.|views\.local_crops\.|branches\.\w+\.(mlp_head|t_head_group|teacher_temp_warmup)")
+_DISTILLED = re.compile(
+    r"objective\.|views\.local_crops\.|branches\.[\w-]+\.(mlp_head|t_head_group|teacher_temp_warmup)"
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,9 @@ def _baseline(pair: list[Run], branch: str, solos: Sequence[list[Run]], force: b
         problem = f"{solo.path} is no baseline of {first.path}: {key} is {there!r} there, {here!r} here{more}"
         _object(problem, force, remarks)
     elif found:
-        remarks.append(f"{solo.path}, baseline of {first.path}, has other terms of its own: {', '.join(found)}")
+        # of another kind of objective the kind says all
+        told = [k for k in found if "objective.kind" not in found or k == "objective.kind" or "objective." not in k]
+        remarks.append(f"{solo.path}, baseline of {first.path}, has other terms of its own: {', '.join(told)}")
     seeds = [sorted(run.config.seed for run in runs) for runs in (pair, side)]
     if seeds[0] != seeds[1]:
         _object(f"seeds of {first.path} are {seeds[0]}, of its baseline {solo.path} {seeds[1]}", force, remarks)

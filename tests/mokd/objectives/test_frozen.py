@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.core.errors import UserError
+from mokd.checkpointing import state
+from mokd.checkpointing.storage import publish
 from mokd.config import RunConfig
 from mokd.distributed.local_ranks import supervise, train_locally
 from mokd.models.backbones import timm_arguments
@@ -140,6 +142,45 @@ def test_its_targets_are_those_of_a_learning_branch_with_the_same_weights(change
     assert len(losses[0]) >= 2
     for term, value in losses[0].items():
         torch.testing.assert_close(losses[1][term], value, rtol=1e-6, atol=0)
+
+
+def test_its_heads_are_drawn_by_seed_and_name_and_its_center_follows_them() -> None:
+    config = tiny_config(branches=[VIT, frozen(THIRD)])
+    objective, branches = build(config)
+    _, (_, again) = build(config)
+    own, same = branches[1].teacher.state_dict(), again.teacher.state_dict()
+    assert all(torch.equal(own[key], same[key]) for key in own)
+    views = views_of(config)
+    said = branches[1].teacher(views[:1])
+    objective.teach(branches, views, 0)
+    objective.commit()
+    for head, output in enumerate((said.mlp, said.t_head)):
+        mean = output.logits().mean(dim=(0, 1))
+        torch.testing.assert_close(objective.centers[1, head], mean * (1 - config.objective.center_momentum))
+
+
+@pytest.mark.parametrize(
+    ("same", "changes"), [(True, {}), (False, {"objective__prototypes": 24})], ids=["same shapes", "other prototypes"]
+)
+def test_of_a_run_it_takes_the_heads_where_they_fit(
+    same: bool, changes: dict[str, Any], beton: Path, tmp_path: Path
+) -> None:
+    first = RunDirectory.create(tmp_path / "first", tiny_config(beton, branches=[THIRD]))
+    objective, branches = build(first.config())
+    trained = state.collect(branches, objective, main=True)
+    publish(first, 0, 5, trained, {})
+    still = {**THIRD, "name": "still", "frozen": True, "init": f"run:{first.path}/vit_wide"}
+    config = tiny_config(beton, branches=[VIT, still], **changes)
+    run = initial.create_run(tmp_path / "run", config)
+    _, built = build(config)
+    before = {key: value.clone() for key, value in built[1].teacher.state_dict().items()}
+    initial.load(run, config, built)
+    for key, value in built[1].teacher.state_dict().items():
+        given = trained["branch-vit_wide"][f"teacher.{key}"]
+        taken = same or key.startswith("backbone.")
+        assert torch.equal(value, given if taken else before[key]), key
+    # heads drawn under another name are others: what was compared could differ
+    assert not torch.equal(before["mlp_head.mlp.0.weight"], trained["branch-vit_wide"]["teacher.mlp_head.mlp.0.weight"])
 
 
 @pytest.mark.parametrize(

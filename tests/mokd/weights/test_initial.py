@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from launcher.report.build import build_report
+from mokd.checkpointing import state
+from mokd.checkpointing.reading import Checkpoint
 from mokd.config import BranchConfig, RunConfig
 from mokd.distributed.local_ranks import supervise, train_locally
 from mokd.models.backbones import Backbone, build_backbone, timm_arguments
@@ -229,3 +232,19 @@ def test_a_run_starts_from_a_branch_of_another_run(beton: Path, tmp_path: Path) 
     heads = [key for key in state if ".mlp_head." in key and "teacher" in key and state[key].ndim == 2]
     assert heads
     assert not all(torch.equal(state[key], saved[key.removeprefix("branch-second/")]) for key in heads)
+
+
+def test_runs_from_before_these_keys_go_on(beton: Path) -> None:
+    """A checkpoint's identity has no key that says what was always done, and one that says something else."""
+    config = tiny_config(beton)
+    now = state.identity(config, {})
+    then = copy.deepcopy(now)
+    for branch in then["branches"]:
+        assert not {"frozen", "freeze_backbone_epochs"} & branch.keys()
+        del branch["optimizer"]["layer_decay"], branch["optimizer"]["backbone_lr_factor"]
+    old = Checkpoint(Path("step-5"), 5, {"identity": then})
+    state.check_identity(old, now)
+    freezes = config.branches[0].model_copy(update={"freeze_backbone_epochs": 2})
+    other = config.model_copy(update={"branches": (freezes, config.branches[1])})
+    with pytest.raises(UserError, match=r"branches\.0\.freeze_backbone_epochs is 2 now and was None"):
+        state.check_identity(old, state.identity(other, {}))
