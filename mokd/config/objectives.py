@@ -168,10 +168,10 @@ class DistillationConfig(ObjectiveConfig):
 class SeedConfig(DistillationConfig):
     """SEED: similarities with a queue of the frozen branch's features, as that branch sees them (arXiv 2101.04731)."""
 
-    kind: Literal["seed"] = "seed"
+    kind: Annotated[Literal["seed"], Field(description="similarities with a queue, towards frozen branches")] = "seed"
     queue: BankConfig = BankConfig()
-    student_temp: PositiveFloat = 0.2
-    teacher_temp: PositiveFloat = 0.01
+    student_temp: Annotated[PositiveFloat, Field(description="of the student's similarities")] = 0.2
+    teacher_temp: Annotated[PositiveFloat, Field(description="of the frozen network's similarities")] = 0.01
 
     def check_run(self, run: RunConfig) -> None:
         """As every distillation; ValueError also for a queue that a step's features overflow."""
@@ -184,7 +184,7 @@ class SeedConfig(DistillationConfig):
 class RegressionConfig(DistillationConfig):
     """Mean squared error between the projected feature and the frozen branch's, which is standardised."""
 
-    kind: Literal["regression"] = "regression"
+    kind: Annotated[Literal["regression"], Field(description="regression of frozen branches' features")] = "regression"
 
 
 def _refuse_prototypes(run: RunConfig, instead: str) -> None:
