@@ -159,6 +159,25 @@ def test_its_heads_are_drawn_by_seed_and_name_and_its_center_follows_them() -> N
         torch.testing.assert_close(objective.centers[1, head], mean * (1 - config.objective.center_momentum))
 
 
+@pytest.mark.parametrize(("changes", "follow"), [(SEED, True), (CONTRASTIVE, False)])
+def test_statistics_of_a_teacher_that_sees_no_batches_follow_the_students(
+    changes: dict[str, Any], follow: bool
+) -> None:
+    config = tiny_config(branches=[RESNET, frozen(VIT)], **changes)
+    objective, branches = build(config)
+    (branch,) = learning(branches)
+    views = views_of(config)
+    taught = objective.teach(branches, views, 0)
+    objective.loss(branch, branches, taught, views, 0)
+    student, teacher = (network.backbone.net.bn1 for network in (branch.student, branch.teacher))
+    before = teacher.running_mean.clone()
+    branch.update_teacher(0.9)
+    moved = torch.lerp(before, student.running_mean, 0.1)
+    torch.testing.assert_close(teacher.running_mean, moved if follow else before)
+    assert int(teacher.num_batches_tracked) == 1
+    assert torch.equal(moved, before) is not follow
+
+
 @pytest.mark.parametrize(
     ("same", "changes"), [(True, {}), (False, {"objective__prototypes": 24})], ids=["same shapes", "other prototypes"]
 )
