@@ -6,6 +6,8 @@ taken without asking anybody.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +145,8 @@ def _from_torchvision(source: InitSource, branch: BranchConfig, arguments: Argum
             f"{where}: torchvision has no such weights; similar: {', '.join(near) or 'none'}; "
             "they are named as in ResNet50_Weights.IMAGENET1K_V2"
         ) from None
-    with _reachable(where, weights.url):
+    # torch tells of a download in a line of its own
+    with _reachable(where, weights.url), contextlib.redirect_stderr(io.StringIO()):
         tensors = weights.get_state_dict(progress=False, check_hash=True)
     return dict(tensors), {}, {"source": f"torchvision's {source.name} ({weights.url})", "license": None}
 
