@@ -145,7 +145,7 @@ def _stock_optimizer(branch: Branch) -> torch.optim.Optimizer:
     else:
         optimizer = torch.optim.AdamW(bare, lr=0.0, betas=config.betas)
     for mine, theirs in zip(optimizer.param_groups, groups, strict=True):
-        mine.update(schedule=theirs["schedule"], decayed=theirs["decayed"])
+        mine.update(schedule=theirs["schedule"], decayed=theirs["decayed"], lr_factor=theirs["lr_factor"])
     branch.optimizer.torch = optimizer  # which the schedule is set on
     return optimizer
 

@@ -46,6 +46,19 @@ CONTRASTIVE: dict[str, Any] = {
 }
 
 
+# changes that turn `tiny` into a distillation of its second branch, whose weights a test puts where `init` says
+SEED: dict[str, Any] = {
+    "objective": {"kind": "seed", "projector": {"hidden": 32}, "queue": {"size": 40}},
+    "views__local_crops__count": 0,
+}
+REGRESSION = {**SEED, "objective": {"kind": "regression", "projector": {"hidden": 32}}}
+
+
+def frozen(branch: dict[str, Any], init: Path = Path("none.pth")) -> dict[str, Any]:
+    """A branch that learns nothing."""
+    return {**branch, "frozen": True, "init": str(init)}
+
+
 def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
     """A configuration that trains two small networks in moments; `changes` are key paths with '__' for '.'."""
     raw: dict[str, Any] = {
@@ -70,7 +83,7 @@ def tiny(train: Path = Path("none.beton"), **changes: Any) -> dict[str, Any]:
         node[key] = copy.deepcopy(value)
     objective = raw["objective"]
     kind = objective if isinstance(objective, str) else objective.get("kind")
-    if kind == "contrastive":  # which has no such parts
+    if kind != "dino":  # which alone has such parts
         raw["branches"] = [{k: v for k, v in branch.items() if k not in DINO_ONLY} for branch in raw["branches"]]
     return raw
 

@@ -136,6 +136,9 @@ def test_a_file_in_the_place_of_a_folder_is_said_in_one_line(
         (["views.local_crops.size_px=20"], "'vit_tiny_patch16_224' cannot take crops of 20 px"),
         (["evaluation.crop_px=30"], "cannot take crops of 30 px"),
         (["branches.vit.init=none.safetensors"], "none.safetensors: no such file"),
+        (["branches.vit.init=run:nowhere/vit"], "nowhere: not a run directory"),
+        (["branches.vit.init=torchvision:ViT_B_16_Weights.BEST"], "torchvision has no such weights"),
+        (["branches.vit.frozen=true"], "frozen: gives the targets of the weights that init names"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_before_anything_starts(

@@ -117,6 +117,10 @@ def _launch_sweep(
     _need_slurm(local)
     if folder.exists():
         raise UserError(f"{folder}: this sweep exists already; set another name=...")
+    from mokd.weights import initial
+
+    for config in configs:  # each may start from other weights: all of them are looked at before the first run is made
+        initial.check(config)
     runs = [submit.create_run(config, root) for config in configs]
     jobs = submit.submit_array(runs, folder, cluster, name)
     if as_json:

@@ -17,7 +17,7 @@ from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, TeachingBranch
 
 # keys of a branch that checkpoints from before them do not have; their defaults are what was done then
-_YOUNGER = ("frozen",)
+_YOUNGER = ("frozen", "freeze_backbone_epochs")
 
 OBJECTIVE_FILE = "objective"
 
@@ -27,7 +27,7 @@ FIXED = (
     *("data.order", "data.limit"),
 )
 # What may be changed on the way, openly: rates, decay, clipping, precision and the weights of terms.
-_RATES = r"(lr|min_lr|weight_decay)(\.[01])?"
+_RATES = r"(lr|min_lr|weight_decay|layer_decay|backbone_lr_factor)(\.[01])?"
 CHANGEABLE = re.compile(
     rf"branches\.\d+\.((optimizer|t_head_group)\.{_RATES}|weight)|optim\.clip_grad_norm|precision\.\w+"
     r"|objective\.(cross_weight|residual_weight)"

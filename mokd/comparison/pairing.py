@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
-from mokd.config import RunConfig
+from mokd.config import DistillationConfig, RunConfig
 from mokd.runs.run_directory import RunDirectory
 
 Settings = Mapping[str, Any]
@@ -41,6 +42,10 @@ _CROSS = (
 )
 # an ablation is compared with the baseline that has all terms of its own
 _TERMS = "objective.terms."
+# what distils frozen branches has no baseline of its own kind: alone, nothing is left to learn from
+_DISTILLED = re.compile(
+    r"objective\.|views\.local_crops\.|branches\.[\w-]+\.(mlp_head|t_head_group|teacher_temp_warmup)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Run:
 
     @property
     def branches(self) -> list[str]:
-        """Names of its branches."""
-        return [branch.name for branch in self.config.branches]
+        """Names of its branches that learn."""
+        return [branch.name for branch in self.config.branches if not branch.frozen]
 
 
 Seeds = Mapping[int, Run]
@@ -161,25 +166,30 @@ def _baseline(pair: list[Run], branch: str, solos: Sequence[list[Run]], force: b
             f"compare: no run of {branch} alone among those given; "
             f"train it with: mokd train {first.path / 'config.yaml'} --solo {branch}"
         )
+
+    def serious_of(keys: Iterable[str]) -> list[str]:
+        distilled = isinstance(first.config.objective, DistillationConfig)
+        return [k for k in keys if not k.startswith(_TERMS) and not (distilled and _DISTILLED.match(k))]
+
     # terms of the objective may differ, where nothing else does
-    found, side = min(candidates, key=lambda item: (_serious(item[0]) != [], "objective.kind" in item[0], len(item[0])))
+    found, side = min(
+        candidates, key=lambda item: (serious_of(item[0]) != [], "objective.kind" in item[0], len(item[0]))
+    )
     solo = side[0]
-    if serious := _serious(found):
+    if serious := serious_of(found):
         key, rest = serious[0], len(serious) - 1
         there, here = settings(solo.config).get(key), wanted.get(key)
         more = f" (and {rest} more keys)" if rest else ""
         problem = f"{solo.path} is no baseline of {first.path}: {key} is {there!r} there, {here!r} here{more}"
         _object(problem, force, remarks)
     elif found:
-        remarks.append(f"{solo.path}, baseline of {first.path}, has other terms of its own: {', '.join(found)}")
+        # of another kind of objective the kind says all
+        told = [k for k in found if "objective.kind" not in found or k == "objective.kind" or "objective." not in k]
+        remarks.append(f"{solo.path}, baseline of {first.path}, has other terms of its own: {', '.join(told)}")
     seeds = [sorted(run.config.seed for run in runs) for runs in (pair, side)]
     if seeds[0] != seeds[1]:
         _object(f"seeds of {first.path} are {seeds[0]}, of its baseline {solo.path} {seeds[1]}", force, remarks)
     return side
-
-
-def _serious(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not key.startswith(_TERMS)]
 
 
 def _object(problem: str, force: bool, remarks: list[str]) -> None:

@@ -35,6 +35,12 @@ class OptimizerConfig(GroupConfig):
     kind: Annotated[Literal["sgd", "adamw"], Field(description="sgd or adamw")]
     momentum: Annotated[float, Field(ge=0.0, lt=1.0, description="sgd")] = 0.9
     betas: Annotated[tuple[float, float], Field(description="adamw")] = (0.9, 0.999)
+    backbone_lr_factor: Annotated[
+        NonNegativeFloat, Field(description="on the rates of the backbone; below 1 for one that starts from init")
+    ] = 1.0
+    layer_decay: Annotated[
+        float, Field(gt=0.0, le=1.0, description="factor on the rates of the backbone per layer below the heads")
+    ] = 1.0
 
 
 class MlpHeadConfig(StrictModel):
@@ -64,6 +70,9 @@ class BranchConfig(StrictModel):
             "a file; see docs/weights.md"
         ),
     ] = None
+    freeze_backbone_epochs: Annotated[
+        NonNegativeInt, Field(description="first epochs in which the heads alone learn")
+    ] = 0
     frozen: Annotated[
         bool, Field(description="gives targets with the weights of init and learns nothing; see docs/method.md")
     ] = False

@@ -127,14 +127,7 @@ class ContrastiveConfig(ObjectiveConfig):
         """ValueError unless there are two views of one size, the bank takes the keys of a step, and no branch is given
         what only the other objective reads.
         """
-        for branch in run.branches:
-            for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs"):
-                # a resolved configuration has every default written out: those mean nothing
-                if getattr(branch, key) != type(branch).model_fields[key].default:
-                    raise ValueError(
-                        f"branches.{branch.name}.{key}: objective contrastive has no such part; remove it "
-                        "(its heads are objective.projection, its temperature objective.temperature)"
-                    )
+        _refuse_prototypes(run, "its heads are objective.projection, its temperature objective.temperature")
         if any(branch.frozen for branch in run.branches) and not self.cross_weight:
             raise ValueError("objective.cross_weight: is 0, but only cross terms learn from a frozen branch")
         if (run.views.global_crops.count, run.views.local_crops.count) != (2, 0):
@@ -158,4 +151,54 @@ class ContrastiveConfig(ObjectiveConfig):
             )
 
 
-AnyObjectiveConfig = Annotated[DinoConfig | ContrastiveConfig, Field(discriminator="kind")]
+class DistillationConfig(ObjectiveConfig):
+    """What imitates frozen branches alone: a projector of the student's pooled feature into each one's features."""
+
+    projector: ProjectionConfig = ProjectionConfig()
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError unless a branch is frozen and both networks see the same views."""
+        _refuse_prototypes(run, "it has objective.projector")
+        if not any(branch.frozen for branch in run.branches):
+            raise ValueError(f"objective {run.objective.kind}: learns from frozen branches; set frozen and init of one")
+        if run.views.local_crops.count:
+            raise ValueError(f"objective {run.objective.kind}: has no local views; set views.local_crops.count to 0")
+
+
+class SeedConfig(DistillationConfig):
+    """SEED: similarities with a queue of the frozen branch's features, as that branch sees them (arXiv 2101.04731)."""
+
+    kind: Annotated[Literal["seed"], Field(description="similarities with a queue, towards frozen branches")] = "seed"
+    queue: BankConfig = BankConfig()
+    student_temp: Annotated[PositiveFloat, Field(description="of the student's similarities")] = 0.2
+    teacher_temp: Annotated[PositiveFloat, Field(description="of the frozen network's similarities")] = 0.01
+
+    def check_run(self, run: RunConfig) -> None:
+        """As every distillation; ValueError also for a queue that a step's features overflow."""
+        super().check_run(run)
+        keys = run.views.global_crops.count * run.optim.global_batch
+        if self.queue.size < keys:
+            raise ValueError(f"objective.queue.size: {self.queue.size}, but a step brings {keys} features")
+
+
+class RegressionConfig(DistillationConfig):
+    """Mean squared error between the projected feature and the frozen branch's, which is standardised."""
+
+    kind: Annotated[Literal["regression"], Field(description="regression of frozen branches' features")] = "regression"
+
+
+def _refuse_prototypes(run: RunConfig, instead: str) -> None:
+    """ValueError where a branch has keys that only the objective over prototypes reads."""
+    for branch in run.branches:
+        for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs"):
+            # a resolved configuration has every default written out: those mean nothing
+            if getattr(branch, key) != type(branch).model_fields[key].default:
+                raise ValueError(
+                    f"branches.{branch.name}.{key}: objective {run.objective.kind} has no such part; remove it "
+                    f"({instead})"
+                )
+
+
+AnyObjectiveConfig = Annotated[
+    DinoConfig | ContrastiveConfig | SeedConfig | RegressionConfig, Field(discriminator="kind")
+]

@@ -48,7 +48,9 @@ def from_run(run: RunDirectory, config: RunConfig, network: str, held: Path | No
     if network == "scratch" or held is None:
         return [_untrained(branch, config) for branch in config.branches]
     found, place = hold.open_held(held), run.checkpoints / held.name
-    return [_saved(found, str(place), branch, config, network) for branch in config.branches]
+    # a frozen branch has a teacher alone
+    there = [branch for branch in config.branches if not (branch.frozen and network == "student")]
+    return [_saved(found, str(place), branch, config, network) for branch in there]
 
 
 def _identity(branch: BranchConfig, config: RunConfig, **weights: str | int) -> dict[str, Any]:

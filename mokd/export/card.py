@@ -19,7 +19,9 @@ def card(source: Source, kind: str, load: str, difference: float) -> str:
     facts = {
         "network": f"{branch.backbone}, the {source.network} of branch {branch.name}",
         "feature": f"{source.backbone.width} numbers per image",
-        "trained": f"without labels, objective {config.objective.kind}, {company}; {steps}",
+        "trained": f"not here: frozen, {company}"
+        if branch.frozen
+        else f"without labels, objective {config.objective.kind}, {company}; {steps}",
         "data": config.data.train.name,
         "first weights": first_weights.words(source.run, branch),
         "made by": f"mokd {mokd.__version__}, run {config.name}, seed {config.seed}",

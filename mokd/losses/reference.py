@@ -182,3 +182,34 @@ def alignment(
     """
     matched = (weights.unsqueeze(-1) * extracted).sum(dim=1)
     return F.normalize(matched @ linear.T + residual_weight * projected, dim=-1)
+
+
+# Distillation from a frozen network: similarities over a queue (SEED, arXiv 2101.04731), and regression.
+
+
+def similarity_distillation(
+    student: Tensor, teacher: Tensor, queue: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """The mean over rows of SEED's cross-entropy, for unit vectors `[R, D]` and a queue `[K, D]`, one row at a time.
+
+    The teacher's own vector is the first anchor, then come those of the queue (equations 2 to 5).
+    """
+    losses = []
+    for s, t in zip(student, teacher.detach(), strict=True):
+        anchors = [t, *queue]
+        taught = torch.stack([torch.dot(t, anchor) for anchor in anchors]) / teacher_temperature
+        shown = torch.stack([torch.dot(s, anchor) for anchor in anchors]) / student_temperature
+        p, q = taught.exp() / taught.exp().sum(), shown.exp() / shown.exp().sum()
+        losses.append(-(p * q.log()).sum())
+    return torch.stack(losses).mean()
+
+
+def feature_regression(projected: Tensor, teacher: Tensor) -> Tensor:
+    """The mean over rows and dimensions of the squared difference of `[R, D]`, the teacher's features standardised:
+    each has mean 0 and variance 1 over its dimensions.
+    """
+    losses = []
+    for x, t in zip(projected, teacher.detach(), strict=True):
+        centred = t - t.mean()
+        losses.append((x - centred / (centred.square().mean() + 1e-5).sqrt()).square().mean())
+    return torch.stack(losses).mean()

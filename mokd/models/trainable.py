@@ -21,6 +21,8 @@ class TrainableNetwork(nn.Module, ABC):
     """A backbone with what an objective puts on it."""
 
     backbone: Backbone
+    # whether the teachers of branches that learn are run while training, so that their BatchNorm sees batches
+    sees_batches = True
 
     @abstractmethod
     def units(self) -> Units:

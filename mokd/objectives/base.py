@@ -8,11 +8,12 @@ from typing import Any, Protocol, TypeVar, assert_never
 import torch
 from torch import Tensor
 
-from mokd.config import BranchConfig, ContrastiveConfig, DinoConfig, RunConfig
+from mokd.config import BranchConfig, ContrastiveConfig, DinoConfig, RegressionConfig, RunConfig, SeedConfig
 from mokd.models.trainable import TrainableNetwork
 from mokd.objectives.branch import Branch, BranchLoss, NetworkPair, TeachingBranch
 from mokd.objectives.contrastive import ContrastiveObjective
 from mokd.objectives.dino import DinoObjective
+from mokd.objectives.distillation import DistillationObjective
 
 Taught = TypeVar("Taught")
 
@@ -83,5 +84,7 @@ def build_objective(config: RunConfig, device: torch.device) -> Objective[Any]:
             return ContrastiveObjective(
                 config.objective, config.views, names, device, config.seed, config.optim.global_batch
             )
+        case SeedConfig() | RegressionConfig():
+            return DistillationObjective(config.objective, config.views, config.branches, device, config.seed)
         case _:
             assert_never(config.objective)

@@ -107,9 +107,18 @@ class Branch(TeachingBranch):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """`teacher = momentum * teacher + (1 - momentum) * student`, over parameters only, each rank on its pieces."""
+        """`teacher = momentum * teacher + (1 - momentum) * student`, over parameters, each rank on its pieces.
+
+        BatchNorm's statistics are a teacher's own, unless it sees no batches; then they follow the student's likewise.
+        """
         teacher, student = ([piece(p) for p in network.parameters()] for network in (self.teacher, self.student))
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+        if not self.teacher.sees_batches:
+            for mine, theirs in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
+                if mine.is_floating_point():
+                    mine.lerp_(theirs, 1.0 - momentum)
+                else:
+                    mine.copy_(theirs)
 
 
 def learning(branches: Iterable[TeachingBranch]) -> list[Branch]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models import group_parameters
 from torch import Tensor, nn
 
-from mokd.config import BranchConfig, GroupConfig, OptimConfig
+from data_pipeline.core.errors import UserError
+from mokd.config import BranchConfig, GroupConfig, OptimConfig, OptimizerConfig
 from mokd.distributed.sharding import assemble, is_sharded, own_rows, piece, shard_group
 from mokd.models.trainable import TrainableNetwork
 from mokd.optim.schedules import cosine, warmup_cosine
@@ -26,6 +28,7 @@ class BranchOptimizer:
     ) -> None:
         self._is_last_layer = student.is_last_layer
         self._optim = optim
+        self._frozen_backbone_steps = branch.freeze_backbone_epochs * epoch_steps
         self._lr_scale = lr_scale
         self._epoch_steps = epoch_steps
         self._steps = optim.epochs * epoch_steps
@@ -34,7 +37,7 @@ class BranchOptimizer:
         # what is optimised: the parameters themselves, or this rank's pieces of them
         self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
         groups = list(_groups(self._named, branch, student))
-        config = branch.own_optimizer
+        self._main = config = branch.own_optimizer
         # the fused optimisers read and write everything once: on CPUs several times as fast as foreach
         fused = all(p.device.type in ("cpu", "cuda") for _, p in self._named)
         options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused" if fused else "foreach": True}
@@ -48,16 +51,18 @@ class BranchOptimizer:
 
         Those of frozen layers are dropped: a parameter without gradient gets no decay and no momentum either.
         """
-        frozen = step < self._optim.freeze_last_layer_epochs * self._epoch_steps
+        last_layers = step < self._optim.freeze_last_layer_epochs * self._epoch_steps
+        backbone = step < self._frozen_backbone_steps
         for name, p in self._named:
             gradient = self._registered[name].grad
-            p.grad = None if gradient is None or (frozen and self._is_last_layer(name)) else piece(gradient)
+            frozen = (last_layers and self._is_last_layer(name)) or (backbone and in_backbone(name))
+            p.grad = None if gradient is None or frozen else piece(gradient)
         return [p.grad for _, p in self._named if p.grad is not None]
 
     def step(self, step: int) -> float:
         """Clips the gradients taken, sets this step's rates, updates the parameters, drops the gradients.
 
-        `take_gradients` comes first. Returns the learning rate of the branch's main groups.
+        `take_gradients` comes first. Returns the branch's learning rate, without the factors of layers.
         """
         if self._optim.clip_grad_norm is not None:
             self._clip(self._optim.clip_grad_norm)
@@ -79,13 +84,16 @@ class BranchOptimizer:
         clip_each(pieces, limit, self._shard_group)
 
     def schedule(self, step: int) -> float:
-        """Sets every group's learning rate and weight decay to those of `step`; returns the main groups' rate."""
-        warmup = round(self._optim.warmup_epochs * self._epoch_steps)
+        """Sets every group's learning rate and weight decay to those of `step`; returns the branch's rate."""
         for group in self.torch.param_groups:
             config: GroupConfig = group["schedule"]
-            group["lr"] = warmup_cosine(step, self._steps, warmup, config.lr * self._lr_scale, config.min_lr)
+            group["lr"] = self._rate(config, step) * group["lr_factor"]
             group["weight_decay"] = cosine(step, self._steps, *config.decay_range) if group["decayed"] else 0.0
-        return float(self.torch.param_groups[0]["lr"])
+        return self._rate(self._main, step)
+
+    def _rate(self, config: GroupConfig, step: int) -> float:
+        warmup = round(self._optim.warmup_epochs * self._epoch_steps)
+        return warmup_cosine(step, self._steps, warmup, config.lr * self._lr_scale, config.min_lr)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as `<parameter>/<entry>` tensors, by parameter name, not by position."""
@@ -114,25 +122,49 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def _groups(named: Named, branch: BranchConfig, student: TrainableNetwork) -> Iterable[dict[str, Any]]:
-    t_head = branch.t_head_group
-    if t_head is None:
-        yield from _by_decay(named, branch.own_optimizer, student)
-    else:
-        yield from _by_decay([(n, p) for n, p in named if not student.in_t_head(n)], branch.own_optimizer, student)
-        yield from _by_decay([(n, p) for n, p in named if student.in_t_head(n)], t_head, student)
+    t_head, factors = branch.t_head_group, layer_factors(student, branch.own_optimizer, f"branches.{branch.name}")
+    # what is frozen at first has groups of its own: after the freeze it has no momentum yet when all others have, and
+    # the fused SGD takes either kind, not both at once
+    freezes = branch.freeze_backbone_epochs > 0
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, p in named:
+        in_t_head = t_head is not None and student.in_t_head(name)
+        schedule = t_head if t_head is not None and in_t_head else branch.own_optimizer
+        decayed = schedule.decay_all or not (p.ndim <= 1 or name.endswith(".bias"))
+        factor = factors.get(name, 1.0)
+        key = (in_t_head, student.is_last_layer(name), not decayed, freezes and in_backbone(name), factor)
+        group = {"params": [], "schedule": schedule, "decayed": decayed, "lr_factor": factor}
+        groups.setdefault(key, group)["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
-def _by_decay(named: Named, schedule: GroupConfig, student: TrainableNetwork) -> Iterable[dict[str, Any]]:
-    def plain(name: str, p: nn.Parameter) -> bool:
-        return not schedule.decay_all and (p.ndim <= 1 or name.endswith(".bias"))
+def in_backbone(parameter: str) -> bool:
+    """Whether a parameter, by its name, is of the backbone that `branches.N.freeze_backbone_epochs` freezes."""
+    return parameter.startswith("backbone.")
 
-    # last layers have groups of their own: after the freeze they have no momentum yet when all others have, and the
-    # fused SGD takes either kind, not both at once
-    for last in (False, True):
-        for decayed in (True, False):
-            params = [p for name, p in named if plain(name, p) is not decayed and student.is_last_layer(name) is last]
-            if params:
-                yield {"params": params, "schedule": schedule, "decayed": decayed}
+
+def layer_factors(student: TrainableNetwork, config: OptimizerConfig, owner: str) -> dict[str, float]:
+    """The factor on the rate of every parameter of the backbone: `backbone_lr_factor * layer_decay ** d`.
+
+    d is the number of layers from a parameter's up to the heads, which have factor 1: 1 for the last block, one more
+    for each block below it, most for the stem (BEiT, arXiv 2106.08254, appendix; timm counts the layers). Empty where
+    no factor is asked for; UserError where timm cannot tell the layers of a network apart.
+    """
+    if config.backbone_lr_factor == config.layer_decay == 1.0:
+        return {}
+    net: Any = student.backbone.net
+    names = [name for name, _ in net.named_parameters()]
+    distances = dict.fromkeys(names, 0)
+    if config.layer_decay != 1.0:
+        if not hasattr(net, "group_matcher"):
+            raise UserError(f"{owner}.optimizer.layer_decay: timm does not tell the layers of this network apart")
+        layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+        top = max(layers.values()) + 1
+        distances = {name: top - layer for name, layer in layers.items()}
+    return {
+        f"backbone.net.{name}": config.backbone_lr_factor * config.layer_decay**distance
+        for name, distance in distances.items()
+    }
 
 
 def _optimised(p: nn.Parameter) -> nn.Parameter:

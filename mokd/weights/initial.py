@@ -7,10 +7,12 @@ connection, and a source that changes or goes away changes nothing of the run. A
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -26,6 +28,8 @@ from mokd.runs.files import beside_of, file_checksum, replace_json, sync_file
 from mokd.runs.first_weights import facts_of, record_file, weights_file
 from mokd.runs.run_directory import RunDirectory
 from mokd.weights.sources import find
+
+log = logging.getLogger(__name__)
 
 
 def check(config: RunConfig, run: RunDirectory | None = None) -> None:
@@ -95,9 +99,12 @@ def load(run: RunDirectory, config: RunConfig, branches: Sequence[TeachingBranch
             fill(branch.teacher.backbone, backbone, backbone.keys())
             if isinstance(branch, Branch):
                 fill(branch.student.backbone, backbone, backbone.keys())
-            elif heads := heads_for(branch.teacher, saved):
-                # trained heads say more than random ones; those of a branch that learns are its own to learn
-                fill(branch.teacher, saved, heads)
+                continue
+            # trained heads say more than random ones; those of a branch that learns are its own to learn
+            heads = heads_for(branch.teacher, saved)
+            fill(branch.teacher, saved, heads)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                log.info("%s: frozen, its heads are %s", branch.name, "the run's" if heads else "random or none")
 
 
 def heads_for(network: TrainableNetwork, saved: SavedTensors) -> list[str]:

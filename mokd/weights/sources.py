@@ -6,6 +6,8 @@ taken without asking anybody.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,16 +50,18 @@ def find(branch: BranchConfig, image_px: int, channels: int = 3) -> Found:
     source, owner = parse_init(branch.init), f"branches.{branch.name}"
     with torch.random.fork_rng(), torch.device("cpu"):
         backbone = build_backbone(branch, image_px, drop_path=0.0, images_per_rank=1, channels=channels)
-        tensors, heads, facts = _READERS[source.kind](source, branch, image_px, owner)
+        tensors, heads, facts = _READERS[source.kind](source, branch, timm_arguments(branch, image_px, channels), owner)
         # a file is told by its path, everything else by the words that it was asked for with
         fitted = fit(backbone, tensors, owner, source.name if source.kind == "file" else f"{owner}.init {branch.init}")
     return Found(fitted, heads, {"init": branch.init, **facts})
 
 
+# what timm takes besides the name for the very network of the branch
+Arguments = dict[str, Any]
 Read = tuple[Tensors, Tensors, dict[str, Any]]
 
 
-def _from_timm(source: InitSource, branch: BranchConfig, image_px: int, owner: str) -> Read:
+def _from_timm(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:
     where = f"{owner}.init timm"
     with torch.device("meta"):
         config = timm.create_model(branch.backbone, pretrained=False).pretrained_cfg
@@ -67,13 +71,15 @@ def _from_timm(source: InitSource, branch: BranchConfig, image_px: int, owner: s
         raise UserError(
             f"{where}: timm has no weights of '{branch.backbone}'; it has some of {', '.join(near) or 'others'}"
         )
-    arguments = timm_arguments(branch, image_px)
     with _reachable(where, place):
         if config.get("hf_hub_id") and config.get("custom_load") != "hf":
             # from the cache without asking the hub, which timm does first, again and again where there is no network
             name = config.get("hf_hub_filename") or "pytorch_model.bin"
             safe = "model.safetensors" if name == "pytorch_model.bin" else str(Path(name).with_suffix(".safetensors"))
-            arguments["pretrained_cfg_overlay"] = {"file": str(_hub_file(config["hf_hub_id"], safe, name))}
+            arguments = {
+                **arguments,
+                "pretrained_cfg_overlay": {"file": str(_hub_file(config["hf_hub_id"], safe, name))},
+            }
         try:
             net = timm.create_model(branch.backbone, pretrained=True, **arguments)
         except RuntimeError as error:
@@ -85,7 +91,7 @@ def _from_timm(source: InitSource, branch: BranchConfig, image_px: int, owner: s
     return dict(net.state_dict()), {}, {"source": f"timm's {name} ({place})", "license": config.get("license")}
 
 
-def _from_hub(source: InitSource, branch: BranchConfig, image_px: int, owner: str) -> Read:
+def _from_hub(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:
     where = f"{owner}.init hub:{source.name}"
     with _reachable(where, source.name):
         tensors = read_tensors(_hub_file(source.name, "model.safetensors", "pytorch_model.bin"))
@@ -126,7 +132,7 @@ def _cached(repository: str, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _from_torchvision(source: InitSource, branch: BranchConfig, image_px: int, owner: str) -> Read:
+def _from_torchvision(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:
     import torchvision
 
     where = f"{owner}.init torchvision:{source.name}"
@@ -139,7 +145,8 @@ def _from_torchvision(source: InitSource, branch: BranchConfig, image_px: int, o
             f"{where}: torchvision has no such weights; similar: {', '.join(near) or 'none'}; "
             "they are named as in ResNet50_Weights.IMAGENET1K_V2"
         ) from None
-    with _reachable(where, weights.url):
+    # torch tells of a download in a line of its own
+    with _reachable(where, weights.url), contextlib.redirect_stderr(io.StringIO()):
         tensors = weights.get_state_dict(progress=False, check_hash=True)
     return dict(tensors), {}, {"source": f"torchvision's {source.name} ({weights.url})", "license": None}
 
@@ -151,7 +158,7 @@ def _torchvision_names() -> list[str]:
     return [f"{weights.__name__}.{member.name}" for weights in models for member in weights]
 
 
-def _from_run(source: InitSource, branch: BranchConfig, image_px: int, owner: str) -> Read:
+def _from_run(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:
     run = RunDirectory.open(Path(source.name))
     names = [other.name for other in run.config().branches]
     if source.branch not in names:
@@ -169,7 +176,7 @@ def _from_run(source: InitSource, branch: BranchConfig, image_px: int, owner: st
     return backbone, {key: value for key, value in tensors.items() if not key.startswith(prefix)}, facts
 
 
-def _from_file(source: InitSource, branch: BranchConfig, image_px: int, owner: str) -> Read:
+def _from_file(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:
     path = Path(source.name)
     if path.is_dir():
         raise UserError(f"{owner}.init: {path} is a folder; give a file of weights, or run:RUN/BRANCH for a run")
@@ -178,7 +185,7 @@ def _from_file(source: InitSource, branch: BranchConfig, image_px: int, owner: s
     return tensors, {}, facts
 
 
-_READERS: dict[str, Callable[[InitSource, BranchConfig, int, str], Read]] = {
+_READERS: dict[str, Callable[[InitSource, BranchConfig, Arguments, str], Read]] = {
     "timm": _from_timm,
     "hub": _from_hub,
     "torchvision": _from_torchvision,

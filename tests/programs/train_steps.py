@@ -1,6 +1,8 @@
 """Five training steps in float64 on given images, in this rank; the first rank writes the state it ends in.
 
-usage: python -m tests.programs.train_steps OUTPUT.safetensors dino|contrastive [--gpu-batchnorm] [key.path=value ...]
+usage: python -m tests.programs.train_steps OUTPUT.safetensors OBJECTIVE [--gpu-batchnorm] [key.path=value ...]
+
+OBJECTIVE: dino, contrastive, or dino-frozen, seed, regression with a frozen branch, whose weights are random here.
 
 --gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get.
 """
@@ -21,12 +23,12 @@ from mokd.distributed.sharding import piece
 from mokd.distributed.stopping import StopRequest
 from mokd.models import sync_batchnorm
 from mokd.objectives.base import build_objective
-from mokd.objectives.branch import Branch
+from mokd.objectives.branch import Branch, learning
 from mokd.parallel.build import build_branch
 from mokd.training.entry import leave_at_once
 from mokd.training.feasibility import images_per_rank
 from mokd.training.step import TrainingStep
-from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny
+from tests.support import CONTRASTIVE, REGRESSION, RESNET, SEED, THIRD, VIT, frozen, tiny
 
 BATCH, STEPS = 12, 5
 OVERFLOW = 2  # the step at which, in fp16, a gradient of the first branch overflows on the last rank
@@ -55,11 +57,11 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
     join(ranks, device, 240)
     resnet = {**RESNET, "mlp_head": {**RESNET["mlp_head"], "batch_norm": True}}
     raw = tiny(
-        branches=[resnet, VIT, THIRD],
+        branches=[resnet, VIT if objective_kind in ("dino", "contrastive") else frozen(VIT), THIRD],
         optim__global_batch=BATCH,
         optim__freeze_last_layer_epochs=0,
         optim__warmup_epochs=0,
-        **(CONTRASTIVE if objective_kind == "contrastive" else {}),
+        **{"contrastive": CONTRASTIVE, "seed": SEED, "regression": REGRESSION}.get(objective_kind, {}),
         optim__clip_grad_norm=0.05,  # low enough to act
     )
     config = schema.validate(RunConfig, schema.apply_overrides(raw, overrides), "train_steps")
@@ -72,7 +74,7 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
         build_branch(config, branch, objective, device, images_per_rank=own, epoch_steps=STEPS)
         for branch in config.branches
     ]
-    for branch in branches:
+    for branch in learning(branches):
         if branch.loss_scale is not None:
             branch.loss_scale.scale = 1.0  # networks so small have large gradients
     training = TrainingStep(config, branches, objective, StopRequest(), ranks, device, STEPS)
@@ -82,7 +84,7 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
         views = [torch.randn(v, BATCH, 3, s, s, generator=generator) for v, s in groups]
         mine = [view[:, ranks.rank * own : (ranks.rank + 1) * own] for view in views]
         if config.precision.compute == "fp16" and step == OVERFLOW and ranks.rank == ranks.world_size - 1:
-            overflow_once(branches[0])
+            overflow_once(learning(branches)[0])
         training.run(step, mine, epoch=0)
     files = state.collect(branches, objective, main=ranks.is_main)
     evaluated = {branch.name: branch.whole_teacher_backbone().state_dict() for branch in branches}

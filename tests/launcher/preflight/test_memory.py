@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from launcher.preflight.memory import CONTEXT_BYTES, estimate_bytes
-from tests.support import CONTRASTIVE, RESNET, VIT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, VIT, frozen, tiny_config
 
 # large enough for weights to matter beside a step's activations
 WIDE = {**VIT, "backbone": "vit_small_patch16_224", "backbone_options": {"depth": 12}}
@@ -27,6 +27,13 @@ def test_micro_batches_and_recomputation_cost_less_activation_memory() -> None:
     assert halves < whole
     assert estimate(branch={**WIDE, "activation_checkpointing": True}) < whole
     assert estimate(precision={"compute": "fp16"}) == estimate(precision={"compute": "bf16"}) < whole
+
+
+def test_a_frozen_branch_costs_its_weights_alone() -> None:
+    learning, alone = estimate(), estimate_bytes(tiny_config(branches=[RESNET], **COMMON), 8) - CONTEXT_BYTES
+    still = estimate(branch=frozen(WIDE))
+    # of four to five numbers for every parameter one is left, and nothing is kept for a backward pass
+    assert alone < still < alone + (learning - alone) / 4
 
 
 def test_a_sharded_contrastive_run_is_estimated_too() -> None:

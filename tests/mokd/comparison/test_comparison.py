@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.core.errors import UserError
 from mokd.comparison.pairing import Run, differences, group, settings
 from mokd.comparison.solo import solo
-from tests.support import CONTRASTIVE, RESNET, VIT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, SEED, VIT, frozen, tiny_config
 
 
 def pair(name: str = "pair", **changes: Any) -> Run:
@@ -103,6 +103,21 @@ def test_objectives_have_baselines_of_their_own() -> None:
     assert remarks == []
     assert [method.label for method in methods] == ["contrastive", "dino"]
     assert [method.solo["vit"][3] for method in methods] == [contrastive[2], dino[2]]
+
+
+def test_a_static_teacher_is_measured_against_the_baseline_of_the_branch_that_learns() -> None:
+    branches = [VIT, frozen(RESNET)]
+    beside, seed = pair(branches=branches), pair("seed", branches=branches, **SEED)
+    methods, remarks = group([pair(), beside, seed, alone("vit"), alone("resnet")])
+    assert [method.pair[3].path.name for method in methods] == ["pair", "pair", "seed"]
+    assert [list(method.solo) for method in methods] == [["resnet", "vit"], ["vit"], ["vit"]]
+    # a distillation alone has nothing to learn from: what differs in the objective is said, and no objection
+    assert len(remarks) == 1
+    assert remarks[0].startswith(
+        "runs/pair-solo-vit, baseline of runs/seed, has other terms of its own: objective.kind"
+    )
+    with pytest.raises(UserError, match=r"runs/seed: optim\.epochs is"):
+        group([pair("seed", branches=branches, **SEED), alone("vit", optim__epochs=5)])
 
 
 def test_ablations_share_the_baselines_and_are_named_by_what_they_change() -> None:

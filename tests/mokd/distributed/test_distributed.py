@@ -45,6 +45,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
         ("dino", 2, ["--gpu-batchnorm", "parallel.strategy=fsdp", *CHECKPOINTED]),
         ("contrastive", 4, ["parallel.strategy=ddp"]),
         ("contrastive", 2, ["parallel.strategy=fsdp"]),
+        ("dino-frozen", 2, ["parallel.strategy=ddp"]),
+        ("dino-frozen", 2, ["parallel.strategy=fsdp"]),
+        ("seed", 4, ["parallel.strategy=fsdp"]),
+        ("regression", 2, ["parallel.strategy=ddp"]),
     ],
 )
 def test_ranks_equal_one_process_with_the_whole_batch(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
+from data_pipeline.core.errors import UserError
 from mokd.objectives.base import build_objective
 from mokd.optim import optimizer as optimizer_module
 from mokd.optim.optimizer import BranchOptimizer, clip_each
@@ -68,6 +70,65 @@ def test_frozen_last_layers_get_no_decay_and_no_momentum(parts: tuple) -> None:
                 if branch.student.is_last_layer(name) and p.requires_grad:
                     assert torch.equal(p, before[name]) is frozen, (step, name)
                     assert bool(branch.optimizer.torch.state.get(p)) is not frozen
+
+
+def branch_with(index: int, **optimizer: object) -> Any:
+    """A branch with these keys of its optimizer, and `freeze_backbone_epochs` of its own."""
+    config = tiny_config(optim__freeze_last_layer_epochs=0)
+    branch = config.branches[index]
+    keys = {"freeze_backbone_epochs": optimizer.pop("freeze_backbone_epochs", 0)}
+    branch = branch.model_copy(update={**keys, "optimizer": branch.own_optimizer.model_copy(update=optimizer)})
+    return single_branch(build_objective(config, torch.device("cpu")), config, branch, 4, STEPS)
+
+
+def rates(branch: Any) -> dict[str, float]:
+    """The learning rate of every parameter at step 3."""
+    branch.optimizer.schedule(3)
+    placed = {id(p): group["lr"] for group in branch.optimizer.torch.param_groups for p in group["params"]}
+    return {name: placed[id(p)] for name, p in branch.student.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("index", "layers"),
+    [
+        (0, {"conv1.0.weight": 5, "layer1.0.conv1.weight": 4, "layer4.0.conv1.weight": 1}),
+        (1, {"cls_token": 3, "patch_embed.proj.weight": 3, "blocks.0.norm1.weight": 2, "blocks.1.norm1.bias": 1}),
+    ],
+)
+def test_rates_decay_by_layer_below_the_heads(index: int, layers: dict[str, int]) -> None:
+    branch = branch_with(index, layer_decay=0.5, backbone_lr_factor=0.1)
+    plain, found = rates(branch_with(index)), rates(branch)
+    for name, layer in layers.items():
+        key = f"backbone.net.{name}"
+        assert found[key] == pytest.approx(plain[key] * 0.1 * 0.5**layer), name
+    for name in plain:
+        if not name.startswith("backbone."):
+            assert found[name] == plain[name], name
+    if index == 1:  # the last normalisation goes with the last block
+        assert found["backbone.net.norm.weight"] == found["backbone.net.blocks.1.norm1.bias"]
+    # the rate that is logged is the branch's own
+    assert branch.optimizer.schedule(3) == plain["mlp_head.mlp.0.weight"]
+
+
+def test_a_network_whose_layers_timm_does_not_tell_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("timm.models.resnet.ResNet.group_matcher")
+    with pytest.raises(UserError, match=r"branches\.resnet\.optimizer\.layer_decay: timm does not tell"):
+        branch_with(0, layer_decay=0.5)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_frozen_backbone_stands_still_while_the_heads_learn(index: int) -> None:
+    branch = branch_with(index, freeze_backbone_epochs=1)
+    before = copy.deepcopy(branch.student.state_dict())
+    for step in (STEPS - 2, STEPS - 1, STEPS):
+        for p in branch.student.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        branch.optimizer.take_gradients(step)
+        branch.optimizer.step(step)
+        for name, p in branch.student.named_parameters():
+            if p.requires_grad:
+                stands = name.startswith("backbone.") and step < STEPS
+                assert torch.equal(p, before[name]) is stands, (step, name)
 
 
 def test_each_gradient_is_clipped_to_its_own_norm() -> None:
