@@ -136,10 +136,9 @@ def _batchnorm_error(ranks: Ranks, device: torch.device) -> float:
         plain = nn.BatchNorm2d(16).to(device)
         synced = GpuSyncBatchNorm(copy.deepcopy(plain))
         mine = slice(4 * ranks.rank, 4 * (ranks.rank + 1))
-        x = whole.to(device, memory_format=order).requires_grad_()
+        x, part = (t.to(device, memory_format=order, copy=True).requires_grad_() for t in (whole, whole[mine]))
         y = plain(x)
         y.backward(towards.to(device))
-        part = whole[mine].to(device, memory_format=order).requires_grad_()
         z = synced._over_ranks(part)  # `forward` has no need of it in a group of one
         z.backward(towards[mine].to(device))
         assert x.grad is not None

@@ -96,7 +96,7 @@ def _against(setting: Setting, base: RunConfig, switch: Switch) -> dict[str, Any
     """Figures of a switch at one batch, alternating with the step without it."""
     contenders, peaks, first = {}, {}, {}
     pairs = {}
-    for name, config in {"without": base, "with": changed(base, switch)}.items():
+    for name, config in {"plain": base, "ours": changed(base, switch)}.items():
         set_arithmetic(config.precision)
         before = torch.cuda.memory_allocated(setting.device) if setting.on_gpu else 0
         began = time.perf_counter()
@@ -112,7 +112,7 @@ def _against(setting: Setting, base: RunConfig, switch: Switch) -> dict[str, Any
         first[name] = time.perf_counter() - began
         peaks[name] = peak - before if peak else None
         contenders[name] = call
-    views, differs = pairs["with"].views, None
+    views, differs = pairs["ours"].views, None
     try:
         step_number = same_losses(contenders, views, TOLERANCE[base.precision.compute])
     except DataError as error:
@@ -121,8 +121,8 @@ def _against(setting: Setting, base: RunConfig, switch: Switch) -> dict[str, Any
     set_arithmetic(setting.config.precision)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "times_as_fast": medians["without"] / medians["with"],
-        "times_the_memory": peaks["with"] / peaks["without"] if peaks["with"] else None,
-        "first_step_seconds": first["with"] - first["without"],
+        "times_as_fast": medians["plain"] / medians["ours"],
+        "times_the_memory": peaks["ours"] / peaks["plain"] if peaks["ours"] else None,
+        "first_step_seconds": first["ours"] - first["plain"],
         "losses_differ": differs,
     }
