@@ -31,16 +31,17 @@ from mokd.runs.files import read_json, replace_json
 
 # seconds that a part may take on a GPU; together ten minutes
 SECONDS = {
-    "kernels": 30,
-    "step": 55,
+    "kernels": 25,
+    "step": 45,
     "photometrics": 25,
-    "speed": 55,
-    "memory": 40,
+    "speed": 45,
+    "memory": 35,
     "batch": 70,
-    "trace": 40,
-    "loader": 55,
-    "parallel": 80,
-    "switches": 150,
+    "trace": 35,
+    "loader": 50,
+    "parallel": 70,
+    "switches": 100,
+    "compile": 100,
 }
 Measure = Callable[[Setting], Iterator[tuple[str, Any]]]
 

@@ -144,15 +144,15 @@ def test_parallel() -> None:
 
 
 def test_one_rank_alone_has_a_group_too() -> None:
-    found = parallel._run(ONE, "ddp", 1)
+    found = parallel._run(ONE, "fsdp", 1)
     assert found["loss_error"] < 1e-5
     assert found["efficiency"] > 0
 
 
 def test_switches() -> None:
     figures = figures_of("switches")
-    assert set(switches.SWITCHES) < figures.keys()
-    assert figures["execution.compile=true"] == "only tried on a GPU"
+    assert figures.keys() == {"rule", *(name for name, switch in switches.SWITCHES.items() if not switch.compiles)}
+    assert figures["execution.overlap_teachers=true"] == "only tried on a GPU"
     kept = figures["execution.recompute_logits=true"]
     assert kept["2"]["losses_differ"] is None
     assert kept["2"]["times_as_fast"] > 0
@@ -171,8 +171,30 @@ def test_switches() -> None:
 )
 def test_the_rule_for_defaults(changes: dict[str, Any], because: str) -> None:
     good = {"times_as_fast": 1.2, "times_the_memory": None, "first_step_seconds": 60.0, "losses_differ": None}
-    verdict = switches.verdict("execution.compile=true", {"8": good, "64": {**good, **changes}})
+    verdict = switches.verdict("execution.compile=true", {"8": good, "64": {**good, **changes}}, (8, 64))
     assert verdict == {"becomes_default": not changes, "because": because}
+
+
+def test_what_was_not_measured_at_every_batch_becomes_no_default() -> None:
+    good = {"times_as_fast": 1.2, "times_the_memory": None, "first_step_seconds": 60.0, "losses_differ": None}
+    for found in ({"8": good}, {"8": good, "64": "does not fit into the GPU's memory"}):
+        verdict = switches.verdict("execution.compile=true", found, (8, 64))
+        assert verdict == {"becomes_default": False, "because": "not measured at 64"}
+
+
+def test_every_switch_is_tried_by_one_of_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switches, "_against", lambda *arguments: None)
+    tried = [name for part in ("switches", "compile") for name in figures_of(part) if name != "rule"]
+    assert sorted(tried) == sorted(switches.SWITCHES)
+
+
+@pytest.mark.slow  # minutes of compiling
+@pytest.mark.timeout(1800)
+def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    figures = figures_of("compile")
+    assert figures["execution.cuda_graphs=true"] == "only tried on a GPU"
+    assert figures["execution.compile=true"]["2"]["losses_differ"] is None
 
 
 def test_a_switch_is_thrown_as_a_configuration_would_throw_it() -> None:
