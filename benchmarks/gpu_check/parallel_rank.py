@@ -143,7 +143,7 @@ def _batchnorm_error(ranks: Ranks, device: torch.device) -> float:
         z.backward(towards[mine].to(device))
         assert x.grad is not None
         assert part.grad is not None
-        pairs = [(z, y[mine]), (part.grad, x.grad[mine])]
+        pairs = [(z.detach(), y[mine].detach()), (part.grad, x.grad[mine])]
         pairs += [(getattr(synced, name), getattr(plain, name)) for name in ("running_mean", "running_var")]
         worst = max(worst, *(float((a - b).norm() / b.norm()) for a, b in pairs))
     return worst
