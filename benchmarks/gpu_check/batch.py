@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu_check.setting import Setting, give_back, peak_of, unless_full
 from benchmarks.gpu_check.speed import against_plain
+from benchmarks.step import Effort
 from benchmarks.step_ours import FIRST_STEP, OurStep, Pair, synchronise
 
 
@@ -32,8 +34,9 @@ def measure(setting: Setting) -> Iterator[tuple[str, Any]]:
         yield "tried", tried
     yield "largest", low
     # both contenders lie on the GPU at once: half of what one of them may take
+    brief = replace(setting, effort=Effort(rounds=min(2, setting.effort.rounds), steps=1, warmup=1))
     for images in (low, low // 2, low // 4):
-        if images >= 2 and (found := unless_full(against_plain, setting, images)):
+        if images >= 2 and (found := unless_full(against_plain, brief, images)):
             yield "against_plain", {"images": images, **found}
             break
 

@@ -136,15 +136,14 @@ def _batchnorm_error(ranks: Ranks, device: torch.device) -> float:
         plain = nn.BatchNorm2d(16).to(device)
         synced = GpuSyncBatchNorm(copy.deepcopy(plain))
         mine = slice(4 * ranks.rank, 4 * (ranks.rank + 1))
-        x = whole.to(device, memory_format=order).requires_grad_()
+        x, part = (t.to(device, memory_format=order, copy=True).requires_grad_() for t in (whole, whole[mine]))
         y = plain(x)
         y.backward(towards.to(device))
-        part = whole[mine].to(device, memory_format=order).requires_grad_()
         z = synced._over_ranks(part)  # `forward` has no need of it in a group of one
         z.backward(towards[mine].to(device))
         assert x.grad is not None
         assert part.grad is not None
-        pairs = [(z, y[mine]), (part.grad, x.grad[mine])]
+        pairs = [(z.detach(), y[mine].detach()), (part.grad, x.grad[mine])]
         pairs += [(getattr(synced, name), getattr(plain, name)) for name in ("running_mean", "running_var")]
         worst = max(worst, *(float((a - b).norm() / b.norm()) for a, b in pairs))
     return worst

@@ -31,16 +31,17 @@ from mokd.runs.files import read_json, replace_json
 
 # seconds that a part may take on a GPU; together ten minutes
 SECONDS = {
-    "kernels": 30,
-    "step": 55,
+    "kernels": 25,
+    "step": 45,
     "photometrics": 25,
-    "speed": 55,
-    "memory": 40,
+    "speed": 45,
+    "memory": 35,
     "batch": 70,
-    "trace": 40,
-    "loader": 55,
-    "parallel": 80,
-    "switches": 150,
+    "trace": 35,
+    "loader": 50,
+    "parallel": 70,
+    "switches": 100,
+    "compile": 100,
 }
 Measure = Callable[[Setting], Iterator[tuple[str, Any]]]
 
@@ -75,15 +76,15 @@ def in_process(
     with tempfile.TemporaryDirectory(prefix="mokd-gpu-check-") as folder:
         given, found = Path(folder) / "config.yaml", Path(folder) / "found.json"
         given.write_text(dump_yaml(config))
+        traces.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.gpu_check.run", part, str(given), device, str(found)]
         # a session of its own: with the part end the ranks that it has started
         child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, TRACES: str(traces)})
         try:
             child.wait(seconds)
         except subprocess.TimeoutExpired:
-            problem: str | None = (
-                f"not done within {seconds:.0f} s; --patience {2 * seconds / SECONDS[part]:g} gives more"
-            )
+            more = 2 * seconds / SECONDS[part]
+            problem: str | None = f"not done within {seconds:g} s; --patience {more:.2g} gives more"
         else:
             problem = None if child.returncode == 0 else f"failed with status {child.returncode}"
         finally:

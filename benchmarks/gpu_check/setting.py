@@ -21,7 +21,7 @@ GPU_EFFORT, CPU_EFFORT = Effort(rounds=5, steps=1, warmup=3), Effort(rounds=1, s
 class Setting:
     """config: its device is `device`. batches: images per GPU and step. largest: no batch above it is tried.
 
-    loader_images: synthetic ones that the loader reads, `loader_image_px` wide. heavy: whether compiling is tried.
+    loader_images: synthetic ones that the loader reads, `loader_image_px` wide.
     """
 
     config: RunConfig
@@ -32,7 +32,6 @@ class Setting:
     loader_images: int = 1024
     loader_image_px: int = 256
     loader_seconds: float = 8.0
-    heavy: bool = True
 
     @classmethod
     def on(cls, config: RunConfig, device: torch.device) -> Setting:
@@ -41,7 +40,7 @@ class Setting:
         config = config.model_copy(update={"parallel": parallel})
         if device.type == "cuda":
             return cls(config, device)
-        return cls(config, device, (2, 4), 8, CPU_EFFORT, 16, 48, 0.5, heavy=False)
+        return cls(config, device, (2, 4), 8, CPU_EFFORT, 16, 48, 0.5)
 
     @property
     def on_gpu(self) -> bool:

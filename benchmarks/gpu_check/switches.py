@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_check.setting import Setting, give_back, peak_of, unless_full, with_batch
-from benchmarks.step import TOLERANCE, alternate, same_losses
+from benchmarks.step import TOLERANCE, Step, alternate, same_losses
 from benchmarks.step_ours import FIRST_STEP, OurStep, Pair, synchronise
 from data_pipeline.core import schema
 from data_pipeline.core.errors import DataError
@@ -27,7 +28,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Switch:
-    """changes: of the configuration, for it to be tried. gpus_only, compiles: where it can be tried at all."""
+    """changes: of the configuration, for it to be tried. gpus_only: tried nowhere else. compiles: for minutes."""
 
     changes: tuple[str, ...]
     gpus_only: bool = False
@@ -50,40 +51,49 @@ NEVER_DEFAULT = {"precision.deterministic=true"}
 
 
 def measure(setting: Setting) -> Iterator[tuple[str, Any]]:
+    """Those that need no compiling."""
+    yield from measure_some(setting, {name: switch for name, switch in SWITCHES.items() if not switch.compiles})
+
+
+def measure_some(setting: Setting, some: Mapping[str, Switch]) -> Iterator[tuple[str, Any]]:
     """By switch: times as fast and times the memory by images a step, seconds of the first step, and the verdict."""
     yield "rule", RULE
-    for name, switch in SWITCHES.items():
-        if (switch.gpus_only and not setting.on_gpu) or (switch.compiles and not setting.heavy):
-            yield name, "only tried on a GPU"
-            continue
-        found: dict[str, Any] = {}
-        for images in setting.batches:
-            base = with_batch(setting.config, images)
-            figures = unless_full(_against, setting, base, switch)
+    found: dict[str, dict[str, Any]] = {name: {} for name in some}
+    for images in setting.batches:
+        config = with_batch(setting.config, images)
+        for name, switch in some.items():
+            if switch.gpus_only and not setting.on_gpu:
+                yield name, "only tried on a GPU"
+                continue
+            figures = unless_full(_against, setting, config, changed(config, switch))
             give_back()
-            found[str(images)] = figures or "does not fit into the GPU's memory"
-            yield name, {**found, **verdict(name, found)}
+            found[name][str(images)] = figures or "does not fit into the GPU's memory"
+            yield name, {**found[name], **verdict(name, found[name], setting.batches)}
 
 
-def verdict(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def verdict(name: str, found: Mapping[str, Any], batches: Sequence[int]) -> dict[str, Any]:
     """What the rule says of a switch, from its figures by batch."""
-    if name in NEVER_DEFAULT:
-        return {"becomes_default": False, "because": "it is for those who need the same bits"}
-    if any(isinstance(figures, str) for figures in found.values()):
-        return {"becomes_default": False, "because": "not measured at every batch"}
-    for images, figures in found.items():
-        if figures["losses_differ"]:
-            return {"becomes_default": False, "because": figures["losses_differ"]}
-        if figures["times_as_fast"] < FASTER:
-            return {"becomes_default": False, "because": f"{figures['times_as_fast']:.2f} times as fast at {images}"}
-        if (figures["times_the_memory"] or 1.0) > MORE_MEMORY:
-            memory = f"{figures['times_the_memory']:.2f} times the memory at {images}"
-            return {"becomes_default": False, "because": memory}
-        won = HOUR_SECONDS * (1.0 - 1.0 / figures["times_as_fast"])
-        if figures["first_step_seconds"] > won:
-            late = f"its first step of {figures['first_step_seconds']:.0f} s is not won back within an hour at {images}"
-            return {"becomes_default": False, "because": late}
-    return {"becomes_default": True, "because": "faster at every batch"}
+    against = "it is for those who need the same bits" if name in NEVER_DEFAULT else None
+    for images in map(str, batches):
+        figures = found.get(images)
+        against = against or (
+            _against_it(figures, images) if isinstance(figures, dict) else f"not measured at {images}"
+        )
+    return {"becomes_default": against is None, "because": against or "faster at every batch"}
+
+
+def _against_it(figures: Mapping[str, Any], images: str) -> str | None:
+    """What speaks against a switch at one batch."""
+    fast, memory, first = (figures[key] for key in ("times_as_fast", "times_the_memory", "first_step_seconds"))
+    if figures["losses_differ"]:
+        return str(figures["losses_differ"])
+    if fast < FASTER:
+        return f"{fast:.2f} times as fast at {images}"
+    if memory is not None and memory > MORE_MEMORY:
+        return f"{memory:.2f} times the memory at {images}"
+    if first > HOUR_SECONDS * (1.0 - 1.0 / fast):
+        return f"its first step of {first:.0f} s is not won back within an hour at {images}"
+    return None
 
 
 def changed(config: RunConfig, switch: Switch) -> RunConfig:
@@ -92,37 +102,41 @@ def changed(config: RunConfig, switch: Switch) -> RunConfig:
     return schema.validate(RunConfig, raw, "gpu-check")
 
 
-def _against(setting: Setting, base: RunConfig, switch: Switch) -> dict[str, Any]:
-    """Figures of a switch at one batch, alternating with the step without it."""
-    contenders, peaks, first = {}, {}, {}
-    pairs = {}
-    for name, config in {"without": base, "with": changed(base, switch)}.items():
-        set_arithmetic(config.precision)
-        before = torch.cuda.memory_allocated(setting.device) if setting.on_gpu else 0
+class _Contender:
+    """A step of one configuration, with what its first one has cost."""
+
+    def __init__(self, setting: Setting, config: RunConfig) -> None:
+        self.config, self.device = config, setting.device
+        before = torch.cuda.memory_allocated(self.device) if setting.on_gpu else 0
         began = time.perf_counter()
-        pairs[name] = Pair(config, setting.device)
-        step = OurStep(pairs[name])
+        self.pair = Pair(config, self.device)
+        self.step = OurStep(self.pair)
+        peak = peak_of(lambda: self(self.pair.views, FIRST_STEP), self.device)
+        synchronise(self.device)
+        self.first_step_seconds = time.perf_counter() - began
+        self.memory = peak - before if peak else None
 
-        def call(views: Any, number: int, step: OurStep = step, config: RunConfig = config) -> Any:
-            set_arithmetic(config.precision)
-            return step(views, number)
+    def __call__(self, views: Sequence[Tensor], number: int) -> list[dict[str, Tensor]]:
+        """One step, in the arithmetic of its configuration."""
+        set_arithmetic(self.config.precision)
+        return self.step(views, number)
 
-        peak = peak_of(lambda call=call, views=pairs[name].views: call(views, FIRST_STEP), setting.device)
-        synchronise(setting.device)
-        first[name] = time.perf_counter() - began
-        peaks[name] = peak - before if peak else None
-        contenders[name] = call
-    views, differs = pairs["with"].views, None
+
+def _against(setting: Setting, base: RunConfig, config: RunConfig) -> dict[str, Any]:
+    """Figures of a changed configuration at one batch, alternating with the step as it was."""
+    plain, ours = _Contender(setting, base), _Contender(setting, config)  # from the same first weights
+    contenders: dict[str, Step] = {"plain": plain, "ours": ours}
+    views, number, differ = ours.pair.views, FIRST_STEP + 2, None
     try:
-        step_number = same_losses(contenders, views, TOLERANCE[base.precision.compute])
+        number = same_losses(contenders, views, TOLERANCE[config.precision.compute])
     except DataError as error:
-        step_number, differs = FIRST_STEP + 2, str(error)
-    seconds = alternate(contenders, views, step_number, setting.effort, setting.device, print)
+        differ = str(error)
+    seconds = alternate(contenders, views, number, setting.effort, setting.device, print)
     set_arithmetic(setting.config.precision)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "times_as_fast": medians["without"] / medians["with"],
-        "times_the_memory": peaks["with"] / peaks["without"] if peaks["with"] else None,
-        "first_step_seconds": first["with"] - first["without"],
-        "losses_differ": differs,
+        "times_as_fast": medians["plain"] / medians["ours"],
+        "times_the_memory": ours.memory / plain.memory if ours.memory and plain.memory else None,
+        "first_step_seconds": ours.first_step_seconds - plain.first_step_seconds,
+        "losses_differ": differ,
     }

@@ -45,8 +45,8 @@ def _profile(setting: Setting, images: int) -> dict[str, Any]:
 def summary(found: profile, on_gpu: bool) -> dict[str, Any]:
     """Figures of one profiled step. On a CPU its operations take the place of kernels."""
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [event for event in found.events() if event.device_type == kind]
-    averages = [event for event in found.key_averages() if event.device_type == kind]
+    events = [event for event in found.events() if _launched(event, kind)]
+    averages = [event for event in found.key_averages() if _launched(event, kind)]
     own = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in averages}
     counts = {event.key: event.count for event in averages}
     begin, end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
@@ -61,3 +61,8 @@ def summary(found: profile, on_gpu: bool) -> dict[str, Any]:
             for name in longest
         ],
     }
+
+
+def _launched(event: Any, kind: Any) -> bool:
+    """Whether something ran on the device, and not a name that was given to a stretch of time."""
+    return event.device_type == kind and not getattr(event, "is_user_annotation", False)

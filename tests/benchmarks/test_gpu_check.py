@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import parallel_rank, run, setting, switches
+from benchmarks.gpu_check import parallel, parallel_rank, run, setting, switches
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.run import SECONDS, check, in_process, measure_of
 from benchmarks.gpu_check.setting import Setting
@@ -23,10 +23,11 @@ from tests.support import tiny_config
 
 CPU = torch.device("cpu")
 TINY = Setting.on(tiny_config(), CPU)
+ONE = replace(TINY, batches=(2,))
 
 
-def figures_of(part: str) -> dict[str, Any]:
-    figures = dict(measure_of(part)(TINY))
+def figures_of(part: str, setting: Setting = ONE) -> dict[str, Any]:
+    figures = dict(measure_of(part)(setting))
     json.dumps(figures)  # they can be recorded
     return figures
 
@@ -49,7 +50,7 @@ def test_step() -> None:
 
 
 def test_speed() -> None:
-    figures = figures_of("speed")
+    figures = figures_of("speed", TINY)
     assert figures.keys() == {"2", "4"}
     for at in figures.values():
         assert at["ratio"] == pytest.approx(at["ours"] / at["plain"])
@@ -78,10 +79,10 @@ def test_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_that_is_tried() -> None:
-    figures = figures_of("batch")
-    assert figures["largest"] == 8  # the limit of this setting: a CPU has no memory of its own that could run out
-    assert figures["tried"].keys() == {"4", "8"}
-    assert figures["against_plain"]["images"] == 8
+    figures = figures_of("batch", replace(ONE, largest=4))
+    assert figures["largest"] == 4  # the limit of this setting: a CPU has no memory of its own that could run out
+    assert figures["tried"].keys() == {"2", "4"}
+    assert figures["against_plain"]["images"] == 4
 
 
 def test_only_a_lack_of_memory_is_swallowed() -> None:
@@ -142,22 +143,19 @@ def test_parallel() -> None:
         assert found["batchnorm_error"] < 1e-4
 
 
-def test_one_rank_alone_has_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.gpu_check import parallel
-
-    monkeypatch.setattr(parallel, "CPU_RANKS", 1)
-    found = dict(parallel.measure(TINY))["ddp"]
+def test_one_rank_alone_has_a_group_too() -> None:
+    found = parallel._run(ONE, "fsdp", 1)
     assert found["loss_error"] < 1e-5
     assert found["efficiency"] > 0
 
 
 def test_switches() -> None:
     figures = figures_of("switches")
-    assert set(switches.SWITCHES) < figures.keys()
-    assert figures["execution.compile=true"] == "only tried on a GPU"
+    assert figures.keys() == {"rule", *(name for name, switch in switches.SWITCHES.items() if not switch.compiles)}
+    assert figures["execution.overlap_teachers=true"] == "only tried on a GPU"
     kept = figures["execution.recompute_logits=true"]
-    assert kept["4"]["losses_differ"] is None
-    assert kept["4"]["times_as_fast"] > 0
+    assert kept["2"]["losses_differ"] is None
+    assert kept["2"]["times_as_fast"] > 0
     assert not figures["precision.deterministic=true"]["becomes_default"]
 
 
@@ -173,8 +171,30 @@ def test_switches() -> None:
 )
 def test_the_rule_for_defaults(changes: dict[str, Any], because: str) -> None:
     good = {"times_as_fast": 1.2, "times_the_memory": None, "first_step_seconds": 60.0, "losses_differ": None}
-    verdict = switches.verdict("execution.compile=true", {"8": good, "64": {**good, **changes}})
+    verdict = switches.verdict("execution.compile=true", {"8": good, "64": {**good, **changes}}, (8, 64))
     assert verdict == {"becomes_default": not changes, "because": because}
+
+
+def test_what_was_not_measured_at_every_batch_becomes_no_default() -> None:
+    good = {"times_as_fast": 1.2, "times_the_memory": None, "first_step_seconds": 60.0, "losses_differ": None}
+    for found in ({"8": good}, {"8": good, "64": "does not fit into the GPU's memory"}):
+        verdict = switches.verdict("execution.compile=true", found, (8, 64))
+        assert verdict == {"becomes_default": False, "because": "not measured at 64"}
+
+
+def test_every_switch_is_tried_by_one_of_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switches, "_against", lambda *arguments: None)
+    tried = [name for part in ("switches", "compile") for name in figures_of(part) if name != "rule"]
+    assert sorted(tried) == sorted(switches.SWITCHES)
+
+
+@pytest.mark.slow  # minutes of compiling
+@pytest.mark.timeout(1800)
+def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    figures = figures_of("compile")
+    assert figures["execution.cuda_graphs=true"] == "only tried on a GPU"
+    assert figures["execution.compile=true"]["2"]["losses_differ"] is None
 
 
 def test_a_switch_is_thrown_as_a_configuration_would_throw_it() -> None:
@@ -186,7 +206,18 @@ def test_a_switch_is_thrown_as_a_configuration_would_throw_it() -> None:
 def test_parts_are_recorded_one_by_one_each_in_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, results = tmp_path / "tiny.yaml", tmp_path / "results"
     config.write_text(dump_yaml(tiny_config()))
-    arguments = ["--device", "cpu", "--config", str(config), "--results", str(results), "--part", "kernels"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--config",
+        str(config),
+        "--results",
+        str(results),
+        "--part",
+        "kernels",
+        "--patience",
+        "20",
+    ]
     assert command.main(arguments) == 0
     record = json.loads((results / "gpu-cpu.json").read_text())
     assert record["parts"]["kernels"]["fp32"] < 1e-4
@@ -214,10 +245,10 @@ def test_a_part_that_fails_keeps_its_figures_and_is_run_again(tmp_path: Path, mo
     assert Record.of(CPU, tmp_path).document["problems"] == {}
 
 
-def test_a_part_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> None:
-    figures, problem = in_process("parallel", tiny_config(), "cpu", 0.5, tmp_path)
+def test_a_part_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    figures, problem = in_process("speed", tiny_config(), "cpu", SECONDS["speed"] / 100, tmp_path)
     assert figures == {}
-    assert problem == "not done within 0 s; --patience 0.0125 gives more"
+    assert problem == f"not done within {SECONDS['speed'] / 100} s; --patience 0.02 gives more"
 
 
 def test_what_a_part_says_is_the_problem_that_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

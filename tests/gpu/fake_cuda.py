@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,10 +24,27 @@ from mokd.losses.kernels import plain
 from mokd.models import sync_batchnorm
 from mokd.objectives.base import build_objective, build_pair
 from mokd.objectives.branch import Branch, single_process
+from mokd.optim import optimizer as optimizer_module
+from mokd.optim.optimizer import BranchOptimizer
 from mokd.optim.precision import view_dtype
 from mokd.parallel.parallelize import _use_channels_last
 
 CUDA = torch.device("cuda", 0)
+EPOCH_STEPS = 1000
+_shapes = torch.library.Library("aten", "IMPL", "Meta")  # of operations that torch knows on devices only
+
+
+def _reduced_shapes(grad: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(mean) for _ in range(4))
+
+
+def _towards_shape(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_shapes.impl("batch_norm_backward_reduce", _reduced_shapes)
+_shapes.impl("batch_norm_backward_elemt", _towards_shape)
+_shapes.impl("_fused_sgd_", lambda *tensors, **settings: None)
 
 
 @contextmanager
@@ -67,7 +83,8 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
         # and torch would choose the attention that is not fused
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash))
-        for kept in (prototype_loss._constant, sync_batchnorm._counts):  # fake constants are no use to others
+        # fake constants are no use to others
+        for kept in (prototype_loss._constant, sync_batchnorm._counts, optimizer_module._constant):
             stack.callback(kept.cache_clear)
         stack.enter_context(FakeTensorMode())
         branches = []
@@ -75,12 +92,57 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
             for network in (pair.student, pair.teacher):
                 sync_batchnorm.synchronize_batchnorm(network, CUDA)
                 _place(network)
-            optimizer: Any = SimpleNamespace()  # forward and losses need none
+            optimizer = BranchOptimizer(pair.student, branch, config.optim, config.lr_scale, EPOCH_STEPS)
             branches.append(Branch(branch, pair, single_process(pair), optimizer))
         dtype = view_dtype(config.precision, CUDA)
         shapes = [(group.count, images, 3, group.size_px, group.size_px) for group in config.views.groups]
         views = [torch.empty(shape, device=CUDA, dtype=dtype) for shape in shapes]
         yield FakeStep(build_objective(config, CUDA), branches, views)
+
+
+@torch.no_grad()
+def backward(loss: Tensor) -> None:
+    """The backward pass node by node, in this thread: autograd's own engine asks the driver for a stream of each.
+
+    What it adds up where a tensor was used more than once is added up here too. Gradients are left as they come, as
+    DDP's views of buckets do.
+    """
+    root: Any = loss.grad_fn
+    edges_into: Counter[Any] = Counter()
+    todo = [root]
+    nodes = {root}  # which also keeps them: autograd makes another Python object for a node that nobody holds
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is not None:
+                edges_into[node] += 1
+                if node not in nodes:
+                    nodes.add(node)
+                    todo.append(node)
+    given: dict[Any, dict[int, Tensor]] = {root: {0: torch.ones_like(loss)}}
+    ready = [root]
+    while ready:
+        node = ready.pop()
+        inputs = given.pop(node, {})
+        if hasattr(node, "variable"):
+            if inputs:
+                node.variable.grad = inputs[0]
+            continue
+        # our own functions take their tensors first: what they return for other arguments is None
+        call = node if callable(node) else node.apply
+        out: Any = call(*[inputs.get(i) for i in range(len(node._input_metadata))]) if inputs else ()
+        gradients = iter(out if isinstance(out, tuple) else (out,))
+        for following, number in node.next_functions:
+            gradient = next(gradients, None)
+            if following is None:
+                continue
+            if gradient is not None:
+                meta = following._input_metadata[number]  # the engine undoes what was broadcast, and casts
+                gradient = gradient.sum_to_size(meta.shape).to(meta.dtype)
+                theirs = given.setdefault(following, {})
+                theirs[number] = theirs[number] + gradient if number in theirs else gradient
+            edges_into[following] -= 1
+            if edges_into[following] == 0:
+                ready.append(following)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -119,12 +181,27 @@ class Launches(TorchDispatchMode):
         first = next((tensor for tensor in args if isinstance(tensor, Tensor)), None)
         if func.is_view or name in _WITHOUT_LAUNCH:
             return out
-        self.operations[name] += 1
+        self.operations[name] += _batches(args) if name.startswith(("_foreach_", "_fused_")) else 1
         if name in _PRODUCTS:
             self.products[name, first.dtype] += 1  # type: ignore[union-attr]
         if first is not None and first.device.type != "cuda":
             self.elsewhere[name] += 1
         return out
+
+
+def _batches(args: Any) -> int:
+    """Launches of an operation on lists of tensors: as many tensors, and blocks of their elements, as one can take."""
+    lists = [given for given in args if isinstance(given, (list, tuple)) and given and isinstance(given[0], Tensor)]
+    most = {1: 110, 2: 64, 3: 48, 4: 36}.get(len(lists), 30)
+    launches, tensors, blocks = 1, 0, 0
+    for tensor in lists[0]:
+        if tensors == most:
+            launches, tensors, blocks = launches + 1, 0, 0
+        tensors += 1
+        blocks += -(-tensor.numel() // 65536)
+        if blocks > 320:  # what is left of the tensor opens the next one
+            launches, tensors, blocks = launches + (blocks - 1) // 320, 1, (blocks - 1) % 320 + 1
+    return launches
 
 
 _WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view", "_reshape_alias"}
