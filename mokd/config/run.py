@@ -17,11 +17,11 @@ from mokd.config.evaluation import EvaluationConfig, TransferConfig
 from mokd.config.execution import (
     CheckpointConfig,
     ExecutionConfig,
-    LoggingConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
 )
+from mokd.config.logging import LoggingConfig
 from mokd.config.objectives import AnyObjectiveConfig, DinoConfig
 
 
@@ -78,8 +78,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         branch.model_copy(update={"init": branch.init.absolute()}) if branch.init else branch
         for branch in config.branches
     ]
+    logging = config.logging
+    if logging.prometheus is not None:
+        logging = logging.model_copy(update={"prometheus": logging.prometheus.absolute()})
     return config.model_copy(
         update={
+            "logging": logging,
             "data": config.data.model_copy(update={"train": config.data.train.absolute()}),
             "evaluation": evaluation.model_copy(
                 update={**_absolute(evaluation), "transfer": transfer.model_copy(update=_absolute(transfer))}

@@ -10,6 +10,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import count_samples
 from mokd.config import RunConfig
 from mokd.evaluation.data import check_neighbours, open_pair
+from mokd.loggers import base as loggers
 
 
 def images_per_rank(config: RunConfig, world_size: int) -> int:
@@ -46,6 +47,7 @@ def check_shard_groups(config: RunConfig, world_size: int) -> None:
 def check(config: RunConfig, world_size: int) -> None:
     """UserError, in one line, for a run that cannot work: batch, data, network and crop sizes."""
     check_shard_groups(config, world_size)
+    loggers.check(config.logging)
     per_rank = images_per_rank(config, world_size)
     size = min(count_samples(config.data.train, config.data.backend), config.data.limit or sys.maxsize)
     if size < config.optim.global_batch:
