@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import fused_loss
+from benchmarks import fused_loss, step_monitors
 from benchmarks.machine import ROOT, describe
 from benchmarks.step_ours import FIRST_STEP, Clock, OurStep, Pair, synchronise
 from benchmarks.step_plain import PlainStep
@@ -62,6 +62,8 @@ def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         contenders["plain"](views, step)  # which computes nothing twice that would count
     flops = counter.get_total_flops() / pairs["ours"].images
+    say("the step with monitors and without")
+    monitored = step_monitors.run(pairs["ours"], max(3, effort.rounds))
     phases = _phases(pairs["ours"], effort)
     del contenders, pairs
     say("memory, each contender in a process of its own")
@@ -77,7 +79,9 @@ def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
             "step": rates["ours"] / rates["plain"],
             "peak_memory": memory["ours"] / memory["plain"],
             "fused_loss": loss["ratio"],
+            "monitors": monitored["ratio"],
         },
+        "monitors": monitored,
         "spread": {name: [images / max(times), images / min(times)] for name, times in seconds.items()},
         "mfu": rates["ours"] * flops / peak,
         "mfu_plain": rates["plain"] * flops / peak,

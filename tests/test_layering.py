@@ -16,8 +16,8 @@ from tests.support import ROOT
 ROOMS = {
     "data_pipeline": ("core", "config", "sampling", "transforms", "beton", "loaders"),
     "mokd": (
-        *("config", "runs", "distributed", "losses.kernels", "losses", "models", "optim", "objectives"),
-        *("parallel", "checkpointing", "weights", "evaluation", "training", "comparison", "export"),
+        *("config", "runs", "loggers", "distributed", "losses.kernels", "losses", "models", "optim", "objectives"),
+        *("monitoring", "parallel", "checkpointing", "weights", "evaluation", "training", "comparison", "export"),
     ),
     "launcher": ("config", "runs", "slurm", "preflight", "doctor", "report", "first_steps", "cli"),
 }

@@ -21,6 +21,8 @@ from mokd.config import RunConfig, load_config
 from mokd.runs.progress import duration
 from mokd.runs.run_directory import RunDirectory
 
+SHOWN_ALARMS = 5  # the newest; alarms.jsonl has all
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Run = Annotated[Path, typer.Argument(help="a run directory, or its name in runs/")]
@@ -314,6 +316,9 @@ def _print_one(found: RunStatus) -> None:
             ["slowest rank", f"{slow['rank']} on {slow['host']}: {slow['phase']}, step {slow['step']}, {idle} ago"]
         )
     rows += [[f"changed at step {c['step']}", f"{c['key']}: {c['before']} -> {c['after']}"] for c in found.changes]
+    if found.alarms:
+        rows.append(["alarms", f"{len(found.alarms)}, of which {found.alarms_now} hold"])
+    rows += [[f"alarm at step {a['step']}", f"{a['alarm']}: {a['advice']}"] for a in found.alarms[-SHOWN_ALARMS:]]
     rows += [[f"loss {branch}", f"{value:.3f}"] for branch, value in found.losses.items()]
     rows += [[f"restart at step {restart['step']}", restart["reason"]] for restart in found.restarts]
     print_table(found.run, ["", ""], rows)

@@ -20,10 +20,19 @@ from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
 
 _PICTURE_BYTES = 8_000_000  # of all pictures of a run: a report is to be sent by mail
-_NO_CURVES = frozenset({"step", "epoch", "images_seen"})
+_NO_CURVES = frozenset({"step", "epoch", "images_seen", "data_wait_rank", "slow_rank"})
 _TITLES = {
     "images_per_second": "Images per second",
-    "data_wait_fraction": "Part of the time spent waiting for data",
+    "data_wait_fraction": "Part of the time that the slowest rank waited for data",
+    "slow_rank_excess": "How much longer the slowest rank works by itself (part of a step)",
+    "alarms": "Alarms that hold",
+    "target_kl": "KL between the mean targets of logged steps (nats)",
+    "prototypes_in_use": "Prototypes in use",
+    "center_change": "Relative change of the center",
+    "gradient_norm": "Norm of the gradients, before clipping",
+    "update_ratio": "Length of an update over that of the weights",
+    "cross_to_self": "Cross over self terms, as they weigh in the loss",
+    "agreement": "Similarity of the branches' features (linear CKA)",
     "lr": "Learning rate",
     "eval": "k-NN and other accuracies while training (%)",
     "teacher_entropy": "Entropy of the teacher (nats)",
@@ -151,7 +160,7 @@ def _changes(run: RunDirectory) -> str:
 
 
 def _alarms(run: RunDirectory) -> str:
-    path = run.path / "alarms.jsonl"
+    path = run.alarms_file
     if not path.exists():
         return ""
     rows = [[str(line.get(key, "-")) for key in ("step", "alarm", "advice")] for line in read_metrics(path)]

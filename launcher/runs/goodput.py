@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.runs.records import Ending, Records
 from mokd.runs.files import read_json
-from mokd.runs.metrics import read_metrics
+from mokd.runs.metrics import read_metrics, useful_seconds
 from mokd.runs.progress import duration
 from mokd.runs.run_directory import RunDirectory
 
@@ -90,12 +90,7 @@ def goodput(run: RunDirectory, now: float | None = None) -> Goodput:
     """The account of a run so far; steps after the newest checkpoint count as useful until they are lost."""
     attempts = list(_attempts(run, time.time() if now is None else now))
     records = [r for r in read_metrics(run.metrics_file) if r.get("images_per_second") and r.get("images_seen")]
-    # a record's speed is that since the record before; saves that training waited for are no training
-    seen = [0, *(record["images_seen"] for record in records)]
-    useful = sum(
-        (after - before) / record["images_per_second"] - record.get("save_stall_seconds", 0.0)
-        for (before, after), record in zip(pairwise(seen), records, strict=True)
-    )
+    useful = useful_seconds(records)
     lost = sum(attempt.steps_lost for attempt in attempts)
     return Goodput(
         allocated_seconds=sum(attempt.ended - attempt.started for attempt in attempts),

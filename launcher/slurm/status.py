@@ -41,6 +41,8 @@ class RunStatus:
     checkpoint_age_seconds: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    alarms_now: int = 0  # those whose sign was there at the newest logged step
     phase: str | None = None
     phase_seconds: float | None = None
     slowest_rank: dict[str, Any] | None = None
@@ -81,6 +83,8 @@ def read_status(run: RunDirectory) -> RunStatus:
             key.split("/")[1]: value for key, value in last.items() if key.endswith("/total") and value is not None
         },
         changes=read_metrics(run.changes_file),
+        alarms=read_metrics(run.alarms_file),
+        alarms_now=int(last.get("alarms") or 0),
         phase=hearts[0]["phase"] if hearts else None,
         phase_seconds=time.time() - hearts[0]["since"] if hearts else None,
         slowest_rank=behind and {**behind, "seconds_without_progress": time.time() - behind["progressed"]},

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # what a new beginning writes again; attempts and the scheduler's files go on
 RESTARTED = (
     *("environment.json", "status.json", "metrics.jsonl", "tb", "checkpoints", "changes.jsonl", "failures", "eval"),
+    *("alarms.jsonl", "loggers.json"),
     "config.yaml",  # last: without it the directory is no run
 )
 
@@ -124,8 +125,12 @@ def at_step(run: RunDirectory, step: int) -> Checkpoint:
 def rewind(run: RunDirectory, found: Checkpoint) -> None:
     """Makes a checkpoint the newest: later ones, and a copy of the metrics, go to `before-rewind-<n>/`."""
     aside = _aside(run, "before-rewind")
-    if run.metrics_file.exists():
-        shutil.copy2(run.metrics_file, aside / run.metrics_file.name)
+    for file in (run.metrics_file, run.alarms_file):
+        if file.exists():
+            shutil.copy2(file, aside / file.name)
+    # other values follow: wandb and mlflow, which forget nothing, get a run of their own
+    if run.loggers_file.exists():
+        os.rename(run.loggers_file, aside / run.loggers_file.name)
     for later in storage.step_directories(run):
         if storage.step_of(later) > found.step:
             os.rename(later, aside / later.name)

@@ -13,11 +13,11 @@ from mokd.config.evaluation import (
 from mokd.config.execution import (
     CheckpointConfig,
     ExecutionConfig,
-    LoggingConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
 )
+from mokd.config.logging import AlarmsConfig, LoggingConfig
 from mokd.config.objectives import (
     AnyObjectiveConfig,
     BankConfig,
@@ -35,6 +35,7 @@ from mokd.config.run import RunConfig, load_config, with_absolute_paths
 from mokd.config.weights import InitSource, parse_init
 
 __all__ = [
+    "AlarmsConfig",
     "AnyObjectiveConfig",
     "BankConfig",
     "BranchConfig",

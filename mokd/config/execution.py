@@ -105,10 +105,3 @@ class CheckpointConfig(StrictModel):
     )
     keep_last: Annotated[PositiveInt, Field(description="newest checkpoints that are kept")] = 2
     keep_every_steps: Annotated[PositiveInt | None, Field(description="never prune steps divisible by this")] = None
-
-
-class LoggingConfig(StrictModel):
-    """What is written while training."""
-
-    every_steps: PositiveInt = 10
-    tensorboard: bool = True

@@ -17,11 +17,11 @@ from mokd.config.evaluation import EvaluationConfig
 from mokd.config.execution import (
     CheckpointConfig,
     ExecutionConfig,
-    LoggingConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
 )
+from mokd.config.logging import LoggingConfig
 from mokd.config.objectives import AnyObjectiveConfig, DinoConfig
 from mokd.config.paths import absolute_path
 from mokd.config.weights import absolute_init

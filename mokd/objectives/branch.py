@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -12,27 +12,50 @@ from torch import Tensor
 
 from mokd.config import BranchConfig
 from mokd.distributed.sharding import piece
+from mokd.losses.kernels.targets import at_least_fp32
 from mokd.models.backbones import Backbone
 from mokd.models.trainable import TrainableNetwork
 from mokd.optim.loss_scale import LossScale
 from mokd.optim.optimizer import BranchOptimizer
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What a branch shows of the images of this rank, for monitors.
+
+    features `[B, D]`: of the student, L2-normalized, first view. entropies: by head, of every image's targets `[B]` in
+    nats. mean_targets: by head, over images and views `[K]`. centers: by head, the objective's own tensors `[K]`.
+    scalars: further numbers, means over images.
+    """
+
+    features: Tensor
+    entropies: dict[str, Tensor] = field(default_factory=dict)
+    mean_targets: dict[str, Tensor] = field(default_factory=dict)
+    centers: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def normalized_features(pooled: Tensor) -> Tensor:
+    """Features `[B, D]` as an observation has them."""
+    return torch.nn.functional.normalize(at_least_fp32(pooled), dim=-1)
+
+
 @dataclass
 class BranchLoss:
     """What an objective says of a branch after a forward pass.
 
-    total: the scalar to differentiate; terms: every loss term by itself, detached; monitors: gives further scalars
-    to log, computed only at the steps that are logged.
+    total: the scalar to differentiate; terms: every loss term by itself, detached; observe: looks at the step, called
+    only where that is logged, after the updates and ahead of the next step.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
-    monitors: Callable[[], dict[str, Tensor]]
+    observe: Callable[[], Observation]
 
 
 def mean_loss(so_far: list[BranchLoss] | None, losses: list[BranchLoss], parts: int) -> list[BranchLoss]:
-    """The detached mean over a step's micro-batches, built up part by part; the monitors are those of the last one."""
+    """The detached mean over a step's micro-batches, built up part by part; what is observed is the last one."""
     mean = []
     for i, loss in enumerate(losses):
         total = loss.total.detach() / parts
@@ -40,7 +63,7 @@ def mean_loss(so_far: list[BranchLoss] | None, losses: list[BranchLoss], parts: 
         if so_far is not None:
             total = so_far[i].total + total
             terms = {name: so_far[i].terms[name] + value for name, value in terms.items()}
-        mean.append(BranchLoss(total, terms, loss.monitors))
+        mean.append(BranchLoss(total, terms, loss.observe))
     return mean
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from mokd.config import BranchConfig, ContrastiveConfig
 from mokd.losses.info_nce import CHUNK, info_nce
-from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
-from mokd.objectives.collapse_statistics import feature_monitors
+from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.contrastive_network import ContrastiveNetwork, ContrastiveOutput, Seen, build_contrastive_network
 from mokd.objectives.memory_bank import MemoryBank, gather_keys
 from mokd.runs.seeds import derive_seed
@@ -95,18 +94,20 @@ class ContrastiveObjective:
             cross = torch.stack(losses).mean()
             terms["cross"] = cross.detach()
             total = total + self.config.cross_weight * branch.config.weight * cross
-        pooled, similarity = student.pooled.detach(), (queries.detach() * positives).sum(dim=-1)
+        pooled, similarity = student.pooled[0].detach(), (queries.detach() * positives).sum(dim=-1)
         age = self.banks[branch.name].age(self.keys_per_step)
 
-        def monitors() -> dict[str, Tensor]:
-            return {
-                "bank_age": torch.full_like(similarity[0], age),
-                "positive_similarity": similarity.mean(),
-                "hardest_negative_similarity": hardest.mean(),
-                **feature_monitors(pooled),
-            }
+        def observe() -> Observation:
+            return Observation(
+                features=normalized_features(pooled),
+                scalars={
+                    "bank_age": torch.full_like(similarity[0], age),
+                    "positive_similarity": similarity.mean(),
+                    "hardest_negative_similarity": hardest.mean(),
+                },
+            )
 
-        return BranchLoss(total, terms, monitors)
+        return BranchLoss(total, terms, observe)
 
     def _against_bank(self, queries: Tensor, positives: Tensor, bank: str) -> tuple[Tensor, Tensor]:
         return info_nce(queries, positives, self.banks[bank].keys, self.config.temperature)

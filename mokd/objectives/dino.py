@@ -19,8 +19,7 @@ from mokd.losses.kernels.targets import Target, entropy
 from mokd.losses.prototype_loss import prototype_loss
 from mokd.losses.prototypes import HeadOutput
 from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
-from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
-from mokd.objectives.collapse_statistics import feature_monitors
+from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.dino_network import Network, NetworkOutput, build_network
 from mokd.optim.schedules import teacher_temperature
 
@@ -93,12 +92,21 @@ class DinoObjective:
                 t_head["cross_search"] = Target(found, branch.config.weight, paired=False, first_view=first)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
-        pooled, center, targets = student.pooled.detach(), self.centers[i], mlp["self_mlp"].probabilities
+        pooled, targets = (
+            student.pooled[0].detach(),
+            (mlp["self_mlp"].probabilities, t_head["self_thead"].probabilities),
+        )
 
-        def monitors() -> dict[str, Tensor]:
-            return {"teacher_entropy": entropy(targets), "center_norm": center.norm(), **feature_monitors(pooled)}
+        def observe() -> Observation:
+            by_head = dict(zip(HEADS, targets, strict=True))
+            return Observation(
+                features=normalized_features(pooled),
+                entropies={head: entropy(p).mean(dim=0) for head, p in by_head.items()},
+                mean_targets={head: p.mean(dim=(0, 1)) for head, p in by_head.items()},
+                centers=dict(zip(HEADS, self.centers[i], strict=True)),
+            )
 
-        return BranchLoss(losses[0][0] + losses[1][0], terms, monitors)
+        return BranchLoss(losses[0][0] + losses[1][0], terms, observe)
 
     def _head_loss(self, output: HeadOutput, targets: dict[str, Target], epoch: int) -> tuple[Tensor, Tensor]:
         """The weighted sum of a head's terms, and the terms."""

@@ -17,8 +17,7 @@ from mokd.config import BranchConfig, RegressionConfig, SeedConfig
 from mokd.losses.distillation import feature_regression, similarity_distillation, standardised
 from mokd.models.backbones import build_for_views, measure_shapes
 from mokd.models.heads import unit_vectors
-from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
-from mokd.objectives.collapse_statistics import feature_monitors
+from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.distillation_network import DistillationNetwork, DistillationOutput
 from mokd.objectives.memory_bank import MemoryBank, gather_keys
 from mokd.runs.seeds import derive_seed
@@ -76,9 +75,9 @@ class DistillationObjective:
             for name, projected in zip(self.widths, student.projected, strict=True)
         ]
         total = torch.stack(losses).mean()
-        pooled = student.pooled.detach()
+        pooled = student.pooled[0].detach()
         name = "similarity" if isinstance(self.config, SeedConfig) else "regression"
-        return BranchLoss(total, {name: total.detach()}, lambda: feature_monitors(pooled))
+        return BranchLoss(total, {name: total.detach()}, lambda: Observation(normalized_features(pooled)))
 
     def _term(self, name: str, projected: Tensor, targets: Tensor) -> Tensor:
         if isinstance(self.config, RegressionConfig):

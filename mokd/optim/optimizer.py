@@ -33,7 +33,7 @@ class BranchOptimizer:
         self._epoch_steps = epoch_steps
         self._steps = optim.epochs * epoch_steps
         self._registered = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self._shard_group = shard_group(self._registered.values())
+        self.shard_group = shard_group(self._registered.values())
         # what is optimised: the parameters themselves, or this rank's pieces of them
         self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
         groups = list(_groups(self._named, branch, student))
@@ -59,6 +59,15 @@ class BranchOptimizer:
             p.grad = None if gradient is None or frozen else piece(gradient)
         return [p.grad for _, p in self._named if p.grad is not None]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._named[0][1].device
+
+    def pieces_with_gradients(self) -> list[tuple[str, nn.Parameter, bool]]:
+        """Name, this rank's piece and whether others have more of it, for every parameter whose gradient was taken."""
+        return [(name, p, is_sharded(self._registered[name])) for name, p in self._named if p.grad is not None]
+
     def step(self, step: int) -> float:
         """Clips the gradients taken, sets this step's rates, updates the parameters, drops the gradients.
 
@@ -81,7 +90,7 @@ class BranchOptimizer:
         whole = [gradient for registered, gradient in given if not is_sharded(registered)]
         pieces = [gradient for registered, gradient in given if is_sharded(registered)]
         clip_each(whole, limit)
-        clip_each(pieces, limit, self._shard_group)
+        clip_each(pieces, limit, self.shard_group)
 
     def schedule(self, step: int) -> float:
         """Sets every group's learning rate and weight decay to those of `step`; returns the branch's rate."""

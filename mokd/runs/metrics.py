@@ -1,4 +1,4 @@
-"""Metrics: one JSON object per line, and the same in TensorBoard."""
+"""Metrics: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Writes the metrics of one attempt, continuing after `step`: what an earlier attempt logged beyond it is dropped.
 
-    So a resumed run has every step once, in the file and in TensorBoard.
+    So a resumed run has every step once. kept, dropped: the records of earlier attempts.
     """
 
-    def __init__(self, run: RunDirectory, attempt: int, step: int, *, tensorboard: bool) -> None:
+    def __init__(self, run: RunDirectory, attempt: int, step: int) -> None:
         self._run = run
         self._attempt = attempt
-        _keep_up_to(run.metrics_file, step)
+        self.kept, self.dropped = keep_up_to(run.metrics_file, step)
         self._stream = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._board: Any = _open_tensorboard(run.tensorboard, step) if tensorboard else None
 
     def write(self, values: Mapping[str, float | int]) -> None:
         """Appends one record; it must hold `step`. Refused to a leftover attempt."""
@@ -37,10 +37,6 @@ class MetricsWriter:
         try:
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
-            if self._board is not None:
-                for key, value in values.items():
-                    if key != "step":
-                        self._board.add_scalar(key, value, int(values["step"]))
         except OSError as error:
             log.warning("%s: metrics cannot be written (%s); training goes on", self._run.path, error.strerror)
 
@@ -49,17 +45,13 @@ class MetricsWriter:
         try:
             self._stream.flush()
             os.fsync(self._stream.fileno())
-            if self._board is not None:
-                self._board.flush()
         except OSError as error:
             log.warning("%s: metrics cannot be written (%s); training goes on", self._run.path, error.strerror)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the file."""
         self.flush()
         self._stream.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -77,20 +69,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_up_to(path: Path, step: int) -> None:
+def keep_up_to(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Drops the records after a step from a file of them, if there is one; those kept and those dropped."""
     if not path.exists():
-        return
-    kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+        return [], []
+    records = read_metrics(path)
+    kept = [record for record in records if record.get("step", 0) <= step]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept), durable=True)
+    return kept, [record for record in records if record.get("step", 0) > step]
 
 
-def _open_tensorboard(directory: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+def useful_seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    """How long the steps of these records have trained, without the saves that training waited for.
 
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # points after `step` come from an attempt that did not get them into a checkpoint
-        return SummaryWriter(str(directory), purge_step=step + 1, flush_secs=30)
-    except OSError as error:
-        log.warning("%s: TensorBoard cannot be written (%s); metrics.jsonl goes on", directory, error.strerror)
-        return None
+    A record's speed is that since the record before.
+    """
+    timed = [r for r in records if r.get("images_per_second") and r.get("images_seen")]
+    seen = [0, *(record["images_seen"] for record in timed)]
+    return sum(
+        (after - before) / record["images_per_second"] - record.get("save_stall_seconds", 0.0)
+        for (before, after), record in zip(pairwise(seen), timed, strict=True)
+    )

@@ -52,6 +52,11 @@ class RunDirectory:
         return self.path / "tb"
 
     @property
+    def loggers_file(self) -> Path:
+        """What wandb and mlflow call this run."""
+        return self.path / "loggers.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Published checkpoints, `step-<n>`, and `latest`, which names the newest."""
         return self.path / "checkpoints"
@@ -82,9 +87,18 @@ class RunDirectory:
         return self.path / "changes.jsonl"
 
     @property
+    def alarms_file(self) -> Path:
+        """What monitors warned of: lines of JSON with `time`, `step`, `alarm`, `advice`."""
+        return self.path / "alarms.jsonl"
+
+    @property
     def heartbeats(self) -> Path:
         """What every rank is doing, `rank-<r>.json`."""
         return self.path / "heartbeat"
+
+    def attempt_file(self, attempt: int) -> Path:
+        """Who made an attempt, since when."""
+        return self._attempts / f"{attempt:04d}.json"
 
     def phases_file(self, attempt: int) -> Path:
         """When an attempt began which phase: lines of JSON with `time`, `phase`, `step`, and `part` of one."""
@@ -130,7 +144,7 @@ class RunDirectory:
         while True:
             number = self.current_attempt() + 1
             try:
-                create_json(self._attempts / f"{number:04d}.json", record)
+                create_json(self.attempt_file(number), record)
             except FileExistsError:
                 continue  # somebody else took the number
             return number

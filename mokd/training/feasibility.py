@@ -10,6 +10,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import count_samples
 from mokd.config import RunConfig
 from mokd.evaluation.data import check_neighbours, open_pair
+from mokd.loggers import base as loggers
 from mokd.runs.run_directory import RunDirectory
 
 
@@ -50,6 +51,7 @@ def check(config: RunConfig, world_size: int, run: RunDirectory | None = None) -
     run: the directory, where there is one already.
     """
     check_shard_groups(config, world_size)
+    loggers.check(config.logging)
     per_rank = images_per_rank(config, world_size)
     data = config.data
     size = min(count_samples(data.train, data.backend, data.channels), data.limit or sys.maxsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -12,15 +13,20 @@ import torch
 
 from mokd.config import RunConfig
 from mokd.distributed.agreement import BrokenOffError
-from mokd.distributed.host_copy import HostCopy
-from mokd.distributed.process_group import Ranks, all_reduce_sum
+from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
 from mokd.evaluation.online import OnlineEvaluation
-from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch
+from mokd.loggers.base import Continued, open_loggers
+from mokd.monitoring import monitors
+from mokd.monitoring.alarm_log import AlarmLog
+from mokd.monitoring.monitors import Monitors, OfRank
+from mokd.objectives.branch import Branch, TeachingBranch
 from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.metrics import MetricsWriter, read_metrics
 from mokd.runs.progress import TrainingProgress
 from mokd.runs.run_directory import RunDirectory
+from mokd.training.gallery import Gallery
+from mokd.training.step import StepResult
 
 # how long a run that was asked to stop waits for a probe that is under way, and how often it looks meanwhile
 STOPPING_SECONDS = 2.0
@@ -32,8 +38,7 @@ class _Pending(NamedTuple):
 
     step: int
     values: dict[str, float | int]
-    keys: list[str]
-    numbers: HostCopy
+    numbers: monitors.Pending
 
 
 class MetricLogger:
@@ -49,6 +54,7 @@ class MetricLogger:
         config: RunConfig,
         ranks: Ranks,
         device: torch.device,
+        epoch_steps: int,
         total_steps: int,
         step: int,
         stop: StopRequest,
@@ -62,9 +68,15 @@ class MetricLogger:
         self._total_steps = total_steps
         self._restart_clock(step)
         self._pending: _Pending | None = None
-        self._monitor = OnlineEvaluation(config, ranks, device, stop, heartbeat.beat)
+        self._monitors = Monitors(config, ranks, device)
+        self._evaluation = OnlineEvaluation(config, ranks, device, stop, heartbeat.beat)
         if ranks.is_main:
-            self._metrics = MetricsWriter(run, attempt, step, tensorboard=config.logging.tensorboard)
+            self._metrics = MetricsWriter(run, attempt, step)
+            dropped = {(int(record["step"]), key) for record in self._metrics.dropped for key in record}
+            found = Continued(run, config.model_dump(mode="json"), step, self._metrics.kept, dropped)
+            self._loggers = open_loggers(config.logging, attempt, found)
+            self._alarms = AlarmLog(run, config, epoch_steps, step)
+            self._gallery = Gallery(config, epoch_steps, self._loggers)
             self._measured = {(r["step"], key) for r in read_metrics(run.metrics_file) for key in r if "eval/" in key}
             self._progress = TrainingProgress(total_steps, step)
             if step:
@@ -87,55 +99,45 @@ class MetricLogger:
         """Adds time for which training has stood still for a save."""
         self._saving += seconds
 
-    def step(
-        self, step: int, epoch: int, branches: Sequence[Branch], losses: Sequence[BranchLoss], rates: Sequence[float]
-    ) -> None:
+    def due(self, step: int) -> bool:
+        """Whether the step of this number, counted from 1, is to be logged; the same on all ranks."""
+        return step % self._config.logging.every_steps == 0 or step == self._total_steps
+
+    def measured(self, step: int) -> bool:
+        """Whether gradients and updates of that step are to be looked at; the same on all ranks."""
+        return self._config.logging.monitors and self.due(step)
+
+    def step(self, step: int, epoch: int, branches: Sequence[Branch], done: StepResult) -> None:
         """Takes notice of a finished step; writes it when due."""
         self._step = step
+        self._own += done.own_seconds
         if self._ranks.is_main:
             self._write_probe(0.0)
-        if step % self._config.logging.every_steps and step != self._total_steps:
+        if not self.due(step):
             return
         self._write_pending()
-        losses_by_key = self._over_ranks(branches, losses)
-        if not self._ranks.is_main:
-            return
-        images = self._config.optim.global_batch
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        values: dict[str, float | int] = {
-            "step": step,
-            "epoch": epoch,
-            "images_seen": step * images,
-            "images_per_second": (step - self._since_step) * images / elapsed,
-            "data_wait_fraction": min(self._waited / elapsed, 1.0),
-            **{f"lr/{branch.name}": rate for branch, rate in zip(branches, rates, strict=True)},
-        }
-        if self._saving:
-            values["save_stall_seconds"] = round(self._saving, 6)
-        for branch in branches:
-            if branch.loss_scale is not None:
-                values[f"loss_scale/{branch.name}"] = branch.loss_scale.scale
-        on_device = {
-            f"{name}/{branch.name}": value
-            for branch, loss in zip(branches, losses, strict=True)
-            for name, value in loss.monitors().items()
-        }
-        on_device.update(losses_by_key)
-        numbers = HostCopy(torch.stack([value.double() for value in on_device.values()]))
-        self._pending = _Pending(step, values, list(on_device), numbers)
-        if numbers.ready() or step == self._total_steps:
-            self._write_pending()
+        of_rank = OfRank(min(self._waited / elapsed, 1.0), min((self._waited + self._own) / elapsed, 1.0))
+        numbers = self._monitors.collect([branch.name for branch in branches], done.losses, done.updates, of_rank)
+        if numbers is not None:
+            images = self._config.optim.global_batch
+            values: dict[str, float | int] = {
+                "step": step,
+                "epoch": epoch,
+                "images_seen": step * images,
+                "images_per_second": (step - self._since_step) * images / elapsed,
+                **{f"lr/{branch.name}": rate for branch, rate in zip(branches, done.rates, strict=True)},
+            }
+            if self._saving:
+                values["save_stall_seconds"] = round(self._saving, 6)
+            for branch in branches:
+                if branch.loss_scale is not None:
+                    values[f"loss_scale/{branch.name}"] = branch.loss_scale.scale
+            self._pending = _Pending(step, values, numbers)
+            self._gallery.show(step, epoch)
+            if numbers.ready() or step == self._total_steps:
+                self._write_pending()
         self._restart_clock(step)
-
-    def _over_ranks(self, branches: Sequence[Branch], losses: Sequence[BranchLoss]) -> dict[str, torch.Tensor]:
-        """Losses as means over the global batch: what one rank sees depends on how many there are."""
-        parts = {
-            f"loss/{branch.name}/{term}": value.double()
-            for branch, loss in zip(branches, losses, strict=True)
-            for term, value in [("total", loss.total.detach()), *loss.terms.items()]
-        }
-        means = all_reduce_sum(torch.stack(list(parts.values()))) / self._ranks.world_size
-        return dict(zip(parts, means.unbind(), strict=True))
 
     def _write_pending(self) -> None:
         """Writes the newest logged step, when its numbers have come from the device.
@@ -148,11 +150,25 @@ class MetricLogger:
                 self._write_values(pending)
 
     def _write_values(self, pending: _Pending) -> None:
-        step, values, keys, numbers = pending
-        values |= dict(zip(keys, numbers.values().tolist(), strict=True))
-        self._metrics.write(values)
+        step, values, numbers = pending
+        measured = numbers.measured()
+        values |= measured.values
+        alarms, values["alarms"] = self._alarms.observe({k: v if math.isfinite(v) else None for k, v in values.items()})
+        self._write(values)
+        every = self._config.logging.histograms_every
+        if every is not None and step // self._config.logging.every_steps % every == 0:
+            for key, histogram in measured.histograms.items():
+                self._loggers.histogram(step, key, histogram)
         self._progress.show(step, values)
+        for alarm in alarms:
+            self._progress.say(f"step {step}  ALARM {alarm.alarm}: {alarm.advice}")
         self._status(epoch=int(values["epoch"]), images_per_second=values["images_per_second"])
+
+    def _write(self, values: Mapping[str, float | int]) -> None:
+        """To the metrics and to all loggers."""
+        self._metrics.write(values)
+        numbers = {key: value for key, value in values.items() if key != "step" and math.isfinite(value)}
+        self._loggers.scalars(int(values["step"]), numbers)
 
     def evaluated(self, step: int) -> bool:
         """Whether everything that is measured at a step is in the metrics; asked of the first rank."""
@@ -170,7 +186,7 @@ class MetricLogger:
             self._write_probe(None)
         began = time.perf_counter()
         try:
-            accuracies = self._monitor.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
+            accuracies = self._evaluation.evaluate({b.name: b.whole_teacher_backbone() for b in branches}, step)
         except BrokenOffError:
             if self._ranks.is_main:
                 self._progress.say(f"step {step}  evaluation broken off; it is done when the run goes on")
@@ -185,9 +201,9 @@ class MetricLogger:
 
         None: however long it takes, unless the run is asked to stop.
         """
-        result = self._monitor.probed(0.0 if wait_seconds is None else wait_seconds)
-        while wait_seconds is None and self._monitor.probing and not self._stop.reason:
-            result = self._monitor.probed(LOOK_SECONDS)
+        result = self._evaluation.probed(0.0 if wait_seconds is None else wait_seconds)
+        while wait_seconds is None and self._evaluation.probing and not self._stop.reason:
+            result = self._evaluation.probed(LOOK_SECONDS)
         if result is not None:
             self._write_accuracies(result.step, "linear_top1", "linear probe", result.top1)
 
@@ -198,7 +214,7 @@ class MetricLogger:
             return
         self._measured |= {(step, f"eval/{branch}/{key}") for branch in top1}
         with self._lock:
-            self._metrics.write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
+            self._write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
         shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
         self._progress.say(f"step {step}  {title} top-1  {shown}")
 
@@ -211,6 +227,7 @@ class MetricLogger:
         self._write_pending()
         with self._lock:
             self._metrics.flush()
+            self._loggers.flush()
 
     def close(self) -> None:
         """Closes files and the progress line."""
@@ -220,10 +237,13 @@ class MetricLogger:
                 self._write_probe(None)
             self._write_probe(STOPPING_SECONDS)  # a run that is asked to stop has little time
             self._progress.close()
+            self._gallery.close()
             self._metrics.close()
+            self._loggers.close()
 
     def _restart_clock(self, step: int) -> None:
-        self._since, self._since_step, self._waited, self._saving = time.perf_counter(), step, 0.0, 0.0
+        self._since, self._since_step = time.perf_counter(), step
+        self._waited = self._saving = self._own = 0.0
 
     def _status(self, **facts: float | int) -> None:
         self._run.write_status(

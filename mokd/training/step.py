@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from mokd.distributed.agreement import Agreement
 from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
 from mokd.models.drop_path import micro_batch
+from mokd.monitoring.updates import UpdateMeter
 from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch, learning, mean_loss
 from mokd.optim.loss_scale import any_overflow
@@ -40,11 +42,16 @@ class NonFiniteLossError(RuntimeError):
 
 
 class StepResult(NamedTuple):
-    """What a step shows: a loss and a learning rate per branch, and whether all ranks agree to stop after it."""
+    """What a step shows: a loss and a learning rate per branch, and whether all ranks agree to stop after it.
+
+    updates: of a measured step, `UpdateMeter`'s numbers by branch. own_seconds: what the host did without the others.
+    """
 
     losses: list[BranchLoss]
     rates: list[float]
     stopping: bool
+    updates: dict[str, dict[str, Tensor]]
+    own_seconds: float
 
 
 def seed_branch(seed: int, step: int, branch: str) -> None:
@@ -76,14 +83,19 @@ class TrainingStep:
         self.stop, self.ranks, self.device = stop, ranks, device
         self.epoch_steps = epoch_steps
 
-    def run(self, step: int, groups: Sequence[Tensor], epoch: int) -> StepResult:
-        """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`."""
+    def run(self, step: int, groups: Sequence[Tensor], epoch: int, *, measure: bool = False) -> StepResult:
+        """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`.
+
+        measure: look at gradients and updates too, which changes none of them; the same on all ranks.
+        """
         begin_step(cuda_graphs=self.config.execution.cuda_graphs)
         losses, agreement = self._gradients(step, groups, epoch)
         stopping = self._heed(step, agreement)
-        rates = self._update(step)
+        began = time.perf_counter()
+        rates, updates = self._update(step, measure)
+        own_seconds = time.perf_counter() - began
         self.objective.commit()
-        return StepResult(losses, rates, stopping)
+        return StepResult(losses, rates, stopping, updates, own_seconds)
 
     def _gradients(self, step: int, groups: Sequence[Tensor], epoch: int) -> tuple[list[BranchLoss], Agreement]:
         """Forward and backward passes over all micro-batches: the mean losses, and what the ranks agree on."""
@@ -115,8 +127,8 @@ class TrainingStep:
         assert so_far is not None
         return so_far, agreement
 
-    def _update(self, step: int) -> list[float]:
-        """Optimiser and teacher of every branch; their learning rates. One with an overflow stands still."""
+    def _update(self, step: int, measure: bool) -> tuple[list[float], dict[str, dict[str, Tensor]]]:
+        """Optimiser and teacher of every branch: learning rates, measures. One with an overflow stands still."""
         taken = []
         for branch in self.learning:
             branch.finish_gradients()
@@ -129,7 +141,7 @@ class TrainingStep:
                 torch._foreach_mul_(gradients, 1.0 / branch.loss_scale.scale)
         steps = self.config.optim.epochs * self.epoch_steps
         momentum = cosine(step, steps, *self.config.optim.teacher_momentum)
-        rates = []
+        rates, updates = [], {}
         for branch, overflow in zip(self.learning, overflowed, strict=True):
             if branch.loss_scale is not None:
                 branch.loss_scale.update(overflow)
@@ -137,9 +149,12 @@ class TrainingStep:
                 self._skip(branch, step)
                 rates.append(branch.optimizer.schedule(step))
                 continue
+            meter = UpdateMeter(branch.optimizer) if measure else None
             rates.append(branch.optimizer.step(step))
             branch.update_teacher(momentum)
-        return rates
+            if meter is not None:
+                updates[branch.name] = meter.finish()
+        return rates, updates
 
     def _skip(self, branch: Branch, step: int) -> None:
         """Student, optimiser and teacher stay as they are: the average is over states that a student has reached."""

@@ -82,7 +82,8 @@ class Trainer:
         self.identity = state.identity(config, decided_by_main(lambda: data_identity(config)))
         self.step = self._resume(search)
         heartbeat.part("metrics")
-        self.report = MetricLogger(run, attempt, config, ranks, device, self.total_steps, self.step, stop, heartbeat)
+        extent = (self.epoch_steps, self.total_steps, self.step)
+        self.report = MetricLogger(run, attempt, config, ranks, device, *extent, stop, heartbeat)
         self.checkpointer = AsyncCheckpointer(run, attempt, config.checkpoint, self.report.flush, self.report.saved)
 
     def _resume(self, search: Callable[[], Checkpoint | None] | None) -> int:
@@ -148,7 +149,7 @@ class Trainer:
                 self.heartbeat.phase("compile", self.step)
             self.heartbeat.part("first step")
         try:
-            done = self.training_step.run(self.step, batch.views, epoch)
+            done = self.training_step.run(self.step, batch.views, epoch, measure=self.report.measured(self.step + 1))
         except NonFiniteLossError as error:
             monitors = self.report.newest_finite()
             text = failure_report.write(self.run, error, batch, self.training_step.learning, self.ranks, monitors)
@@ -158,7 +159,7 @@ class Trainer:
         if self.heartbeat.current in ("start", "compile"):
             set_timeout(self.config.parallel.timeout_seconds)
         self.heartbeat.phase("step", self.step)
-        self.report.step(self.step, epoch, self.training_step.learning, done.losses, done.rates)
+        self.report.step(self.step, epoch, self.training_step.learning, done)
         return done.stopping
 
     def _evaluation_due(self) -> bool:

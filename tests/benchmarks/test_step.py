@@ -44,7 +44,7 @@ def test_the_command_reports_what_it_promises(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result["images_per_second"]) == {"ours", "plain"}
-    assert set(result["ratios"]) == {"step", "peak_memory", "fused_loss"}
+    assert set(result["ratios"]) == {"step", "peak_memory", "fused_loss", "monitors"}
     assert 0 < result["mfu"] < 1
     phases = {"student_forward", "teacher_forward", "loss", "backward", "optimizer", "teacher_average", "centers"}
     assert set(result["phases_ms"]) == phases

@@ -1,10 +1,11 @@
 """Five training steps in float64 on given images, in this rank; the first rank writes the state it ends in.
 
-usage: python -m tests.programs.train_steps OUTPUT.safetensors OBJECTIVE [--gpu-batchnorm] [key.path=value ...]
+usage: python -m tests.programs.train_steps OUTPUT.safetensors OBJECTIVE [--FLAG ...] [key.path=value ...]
 
 OBJECTIVE: dino, contrastive, or dino-frozen, seed, regression with a frozen branch, whose weights are random here.
 
---gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get.
+--gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get. --monitors: every step is measured, and what
+the last one has shown is written too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mokd.distributed.process_group import barrier, join, leave, ranks_from_envi
 from mokd.distributed.sharding import piece
 from mokd.distributed.stopping import StopRequest
 from mokd.models import sync_batchnorm
+from mokd.monitoring.monitors import Monitors, OfRank
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch, learning
 from mokd.parallel.build import build_branch
@@ -52,6 +54,8 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
     if "--gpu-batchnorm" in overrides:
         sync_batchnorm.CpuSyncBatchNorm = sync_batchnorm.GpuSyncBatchNorm
         overrides = tuple(override for override in overrides if override != "--gpu-batchnorm")
+    monitored = "--monitors" in overrides
+    overrides = tuple(override for override in overrides if override != "--monitors")
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     join(ranks, device, 240)
@@ -77,6 +81,7 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
     for branch in learning(branches):
         if branch.loss_scale is not None:
             branch.loss_scale.scale = 1.0  # networks so small have large gradients
+    monitors, shown = Monitors(config, ranks, device), None
     training = TrainingStep(config, branches, objective, StopRequest(), ranks, device, STEPS)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -85,14 +90,23 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
         mine = [view[:, ranks.rank * own : (ranks.rank + 1) * own] for view in views]
         if config.precision.compute == "fp16" and step == OVERFLOW and ranks.rank == ranks.world_size - 1:
             overflow_once(learning(branches)[0])
-        training.run(step, mine, epoch=0)
+        done = training.run(step, mine, epoch=0, measure=monitored)
+        if monitored:
+            names = [branch.name for branch in learning(branches)]
+            shown = monitors.collect(names, done.losses, done.updates, OfRank(0.0, 0.0))
     files = state.collect(branches, objective, main=ranks.is_main)
     evaluated = {branch.name: branch.whole_teacher_backbone().state_dict() for branch in branches}
     if ranks.is_main:
         for name, tensors in evaluated.items():
             for key, tensor in tensors.items():
                 assert torch.equal(files[f"branch-{name}"][f"teacher.backbone.{key}"], tensor), key
-        save_file({f"{name}/{key}": tensor for name, file in files.items() for key, tensor in file.items()}, output)
+        tensors = {f"{name}/{key}": tensor for name, file in files.items() for key, tensor in file.items()}
+        if shown is not None:
+            values = {
+                key: torch.tensor(v, dtype=torch.float64) for key, v in shown.measured().values.items() if "/" in key
+            }
+            tensors |= {f"monitors/{key}": value for key, value in values.items()}
+        save_file(tensors, output)
     barrier()  # nobody closes its connections while another still needs them
     leave()
 

@@ -12,7 +12,7 @@ from tests.support import tiny_config
 
 def log(run: RunDirectory, attempt: int, resumed: int, steps: range, **more: float) -> None:
     """Logs steps of 10 images at 5 images a second, after those up to `resumed`."""
-    metrics = MetricsWriter(run, attempt, resumed, tensorboard=False)
+    metrics = MetricsWriter(run, attempt, resumed)
     for step in steps:
         metrics.write({"step": step, "images_seen": 10 * step, "images_per_second": 5.0, **more})
     metrics.close()

@@ -30,7 +30,7 @@ def train_steps(output: Path, ranks: int, objective: str, *overrides: str) -> di
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
     """What one process with the whole batch ends in, by objective."""
     folder = tmp_path_factory.mktemp("whole")
-    return cache(lambda objective: train_steps(folder / f"{objective}.safetensors", 1, objective))
+    return cache(lambda objective: train_steps(folder / f"{objective}.safetensors", 1, objective, "--monitors"))
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 def test_ranks_equal_one_process_with_the_whole_batch(
     objective: str, ranks: int, overrides: list[str], whole: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Parameters, EMA, optimisers, centres or banks and BatchNorm statistics, with CNN and ViT branches, in float64."""
-    split, expected = train_steps(tmp_path / "split.safetensors", ranks, objective, *overrides), whole(objective)
+    """Parameters, EMA, optimisers, centres or banks, BatchNorm statistics, monitors, with CNN and ViT, in float64."""
+    split = train_steps(tmp_path / "split.safetensors", ranks, objective, "--monitors", *overrides)
+    expected = whole(objective)
     assert expected.keys() == split.keys()
     assert {"student", "teacher", "optimizer"} <= {key.split("/")[1].split(".")[0] for key in expected}
     assert sum("running_var" in key for key in expected) > 5
     for key, value in expected.items():
-        # AdamW divides a gradient of zero, up to rounding, by its own size: that is where the tolerance goes
-        torch.testing.assert_close(split[key], value, rtol=1e-7, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+        # AdamW divides a gradient of zero, up to rounding, by its own size: that is where the tolerance goes; an
+        # effective rank has the square roots of eigenvalues that are zero up to rounding
+        tolerance = 1e-5 if "feature_rank" in key else 1e-7
+        torch.testing.assert_close(
+            split[key], value, rtol=tolerance, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def without_batchnorm() -> str:

@@ -209,7 +209,7 @@ def test_the_first_step_meets_random_keys_and_monitors_follow_the_bank() -> None
         objective.commit()
         for loss in losses:
             assert torch.isfinite(loss.total)
-            monitors = {name: float(value) for name, value in loss.monitors().items()}
+            monitors = {name: float(value) for name, value in loss.observe().scalars.items()}
             assert {"bank_age", "positive_similarity", "hardest_negative_similarity"} <= monitors.keys()
             assert -1.0 <= monitors["positive_similarity"] <= 1.0001
             assert -1.0 <= monitors["hardest_negative_similarity"] < 1.0, "its own key is not in the bank yet"
@@ -228,7 +228,7 @@ def test_similarities_that_are_shown_are_those_of_the_loss() -> None:
             for b in range(B):
                 positives.append(float(queries[view, b] @ keys[1 - view, b]))
                 hardest.append(max(float(queries[view, b] @ key) for key in objective.banks[branch.name].keys))
-        monitors = loss.monitors()
+        monitors = loss.observe().scalars
         assert float(monitors["positive_similarity"]) == pytest.approx(sum(positives) / len(positives), rel=1e-6)
         assert float(monitors["hardest_negative_similarity"]) == pytest.approx(sum(hardest) / len(hardest), rel=1e-6)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from mokd.distributed.host_copy import HostCopy
 from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
+from mokd.monitoring.monitors import Pending
 from mokd.runs.files import replace_json
 from mokd.runs.heartbeat import Heartbeat
 from mokd.runs.metrics import read_metrics
@@ -23,7 +23,7 @@ def test_a_logged_step_is_written_once_by_whichever_thread(tmp_path: Path) -> No
     run = RunDirectory.create(tmp_path / "run", config)
     attempt = run.claim_attempt()
     heartbeat = Heartbeat(run, attempt, 0)
-    logger = MetricLogger(run, attempt, config, Ranks(), torch.device("cpu"), 1000, 0, StopRequest(), heartbeat)
+    logger = MetricLogger(run, attempt, config, Ranks(), torch.device("cpu"), 5, 1000, 0, StopRequest(), heartbeat)
     steps, enough, failures = 200, threading.Event(), []
 
     def save() -> None:
@@ -37,8 +37,9 @@ def test_a_logged_step_is_written_once_by_whichever_thread(tmp_path: Path) -> No
     for thread in threads:
         thread.start()
     for step in range(1, steps + 1):
-        values = {"step": step, "epoch": 0, "images_per_second": 1.0, "data_wait_fraction": 0.0}
-        logger._pending = _Pending(step, values, ["loss/vit/total"], HostCopy(torch.ones(1, dtype=torch.float64)))
+        values = {"step": step, "epoch": 0, "images_per_second": 1.0}
+        numbers = {f"loss/{branch.name}/total": torch.ones((), dtype=torch.float64) for branch in config.branches}
+        logger._pending = _Pending(step, values, Pending(numbers, torch.zeros(1, 2), {}, {}))
         logger._write_pending()
     enough.set()
     for thread in threads:

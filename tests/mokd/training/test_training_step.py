@@ -12,6 +12,7 @@ from data_pipeline.core.errors import UserError
 from mokd.config import PrecisionConfig, RunConfig
 from mokd.distributed.process_group import Ranks
 from mokd.distributed.stopping import StopRequest
+from mokd.monitoring.monitors import Monitors, OfRank
 from mokd.objectives.base import build_objective
 from mokd.optim.loss_scale import LossScale, any_overflow
 from mokd.optim.precision import set_arithmetic
@@ -19,7 +20,7 @@ from mokd.parallel.activation_checkpointing import recompute_blocks
 from mokd.parallel.build import build_branch
 from mokd.training.feasibility import images_per_rank
 from mokd.training.step import TrainingStep
-from tests.support import RESNET, THIRD, VIT, tiny_config
+from tests.support import CONTRASTIVE, RESNET, THIRD, VIT, tiny_config
 
 # Half precision is tried with transformers: gradients of bf16 convolutions of 1 px maps are NaN on some CPUs.
 # Networks so small have large gradients, hence the small scale.
@@ -132,6 +133,30 @@ def test_recomputed_blocks_give_the_same_bits_and_count_statistics_once() -> Non
             step.run(number, views(number), 0)
         ends.append({f"{b.name}.{k}": v for b in step.branches for k, v in b.student.state_dict().items()})
     assert any("running_var" in key for key in ends[0])
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize("objective", [{}, CONTRASTIVE], ids=["dino", "contrastive"])
+def test_monitors_change_no_bit(objective: dict[str, object]) -> None:
+    ends = []
+    for measured in (False, True):
+        step = training(**copy.deepcopy(objective))
+        monitors = Monitors(step.config, Ranks(), CPU)
+        for number in range(4):
+            given = views(number)[: 1 if objective else 2]
+            done = step.run(number, given, 0, measure=measured)
+            if measured:
+                shown = monitors.collect([b.name for b in step.branches], done.losses, done.updates, OfRank(0.0, 0.0))
+                assert shown is not None
+                values = shown.measured().values
+                assert {
+                    "gradient_norm/vit",
+                    "update_ratio/vit/backbone",
+                    "feature_rank/resnet",
+                    "agreement/resnet-vit",
+                } <= {*values}
+        whole = {f"{b.name}.{k}": v for i, b in enumerate(step.branches) for k, v in parameters(step, i).items()}
+        ends.append({**whole, **{k: v.clone() for k, v in step.objective.state_tensors().items()}})
     assert equal(*ends)
 
 
