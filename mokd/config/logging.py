@@ -72,7 +72,7 @@ class AlarmsConfig(StrictModel):
 class LoggingConfig(StrictModel):
     """What is written while training."""
 
-    every_steps: PositiveInt = 10
+    every_steps: Annotated[PositiveInt, Field(description="steps between lines of metrics")] = 10
     loggers: Annotated[
         tuple[LoggerName, ...],
         Field(description="besides metrics.jsonl; each writes into the run directory"),
