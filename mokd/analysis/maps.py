@@ -110,8 +110,10 @@ def lacks_search(gathering: Gathering) -> str | None:
 
 def find_search(gathering: Gathering) -> Iterator[Finding]:
     """For every ordered pair of branches, each image with some crops, and where their queries look."""
-    for i, j in permutations(range(len(gathering.own)), 2):
-        yield _search(gathering, gathering.own[i].branch, gathering.own[j].branch)
+    frozen = {branch.name for branch in gathering.config.branches if branch.frozen}
+    for searcher, searched in permutations(gathering.own, 2):
+        if searcher.branch not in frozen:  # which learns nothing, and has no student
+            yield _search(gathering, searcher.branch, searched.branch)
 
 
 def _search(gathering: Gathering, searcher: str, searched: str) -> Finding:

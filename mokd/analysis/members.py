@@ -94,9 +94,12 @@ class Gathering:
         return self.images(self.shown)
 
     def drawable(self, images: Tensor) -> Tensor:
-        """Normalized images `[B, 3, S, S]` as colors `[B, S, S, 3]` in 0 to 1, on the CPU."""
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.config.views.mean, self.config.views.std))
-        return (images.cpu() * std + mean).clamp(0.0, 1.0).permute(0, 2, 3, 1)
+        """Normalized images `[B, C, S, S]` as colors `[B, S, S, 3]` in 0 to 1, on the CPU: of other than three
+        channels the first one, in grey.
+        """
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.config.views.mean, self.config.views.std))
+        colors = (images.cpu() * std + mean).clamp(0.0, 1.0).permute(0, 2, 3, 1)
+        return colors if colors.shape[-1] == 3 else colors[..., :1].expand(*colors.shape[:3], 3)
 
     def features(self, data: LabelledSet) -> list[CachedFeatures]:
         """The pooled features of a data set by every member, as `mokd eval` computes and keeps them."""

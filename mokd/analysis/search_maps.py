@@ -40,8 +40,7 @@ def whole_network(found: Checkpoint, config: RunConfig, branch: str, network: st
     (chosen,) = (b for b in config.branches if b.name == branch)
     with torch.random.fork_rng():
         objective = build_objective(config, torch.device("cpu"))
-        pair = objective.build_networks(chosen.model_copy(update={"init": None}), 1)
-    whole = pair.student if network == "student" else pair.teacher
+        whole = objective.build_network(chosen, 1, student=network == "student")
     whole.load_state_dict(state.network_tensors(found, branch, network))
     return whole.eval().requires_grad_(False)
 

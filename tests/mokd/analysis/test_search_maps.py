@@ -26,7 +26,7 @@ def test_where_a_query_looks_and_who_takes_it_up() -> None:
     config = tiny_config()
     objective = build_objective(config, torch.device("cpu"))
     torch.manual_seed(0)
-    cnn, vit = (objective.build_networks(branch, 1).teacher.eval() for branch in config.branches)
+    cnn, vit = (objective.build_network(branch, 1, student=False).eval() for branch in config.branches)
     images, crops = torch.randn(3, 3, 64, 64), torch.randn(2, 3, 3, 16, 16)
     for searcher, searched, grid in ((cnn, vit, 8), (vit, cnn, 2)):
         assert isinstance(searcher, Network)
@@ -49,7 +49,7 @@ def test_where_a_query_looks_and_who_takes_it_up() -> None:
 def test_of_the_contrastive_objective_it_is_the_matching() -> None:
     config = tiny_config(**CONTRASTIVE)
     objective = build_objective(config, torch.device("cpu"))
-    cnn, vit = (objective.build_networks(branch, 1).student.eval() for branch in config.branches)
+    cnn, vit = (objective.build_network(branch, 1, student=True).eval() for branch in config.branches)
     images, crops = torch.randn(3, 3, 32, 32), torch.randn(2, 3, 3, 32, 32)
     found = search_maps(cnn, vit, images, crops)
     assert found.takes is None
