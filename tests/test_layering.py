@@ -17,7 +17,8 @@ ROOMS = {
     "data_pipeline": ("core", "config", "sampling", "transforms", "beton", "loaders"),
     "mokd": (
         *("config", "runs", "loggers", "distributed", "losses.kernels", "losses", "models", "optim", "objectives"),
-        *("monitoring", "parallel", "checkpointing", "weights", "evaluation", "training", "comparison", "export"),
+        *("monitoring", "parallel", "checkpointing", "weights", "evaluation", "analysis", "training"),
+        *("comparison", "export"),
     ),
     "launcher": ("config", "runs", "slurm", "preflight", "doctor", "report", "first_steps", "cli"),
 }

@@ -86,10 +86,12 @@ def build_eval_loader(
     workers: int = 8,
     device: str | torch.device = "cpu",
     limit: int | None = None,
+    ids: Int64Array | None = None,
 ) -> EvalLoader:
     """Labelled images for evaluation: shorter side to `resize_px` (bicubic), central `crop_px`, normalised, in order.
 
-    Each rank gets a contiguous part of the (limited) data set; together they see every sample once. Raises UserError.
+    Each rank gets a contiguous part of the (limited) data set; together they see every sample once. ids: the samples to
+    use, instead of those that `limit` keeps. Raises UserError.
     """
     if crop_px > resize_px:
         raise UserError(f"evaluation: a crop of {crop_px} pixels cannot be cut from images resized to {resize_px}")
@@ -101,7 +103,7 @@ def build_eval_loader(
     else:
         from data_pipeline.loaders.ffcv_evaluation import ffcv_eval_batches as batches
     samples = open_samples(path, len(mean))
-    kept = subset(samples.size, limit)
+    kept = subset(samples.size, limit) if ids is None else ids
     low, high = contiguous_part(len(kept), rank, world_size)
     plan = EvalPlan(samples, kept[low:high], batch_size, resize_px, crop_px, mean, std, workers, torch.device(device))
     return EvalLoader(plan, batches, dataset_size=len(kept))

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from data_pipeline.core.errors import DataError, UserError
-from launcher.cli import bench, compare, data, doctor, evaluate, export, first_steps, jobs, report, site, train
+from launcher.cli import (
+    analyze,
+    bench,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    first_steps,
+    jobs,
+    report,
+    site,
+    train,
+)
 from launcher.cli.console import messages
 from mokd import __version__
 
@@ -26,6 +39,7 @@ train.register(app)
 evaluate.register(app)
 jobs.register(app)
 compare.register(app)
+analyze.register(app)
 export.register(app)
 report.register(app)
 bench.register(app)

@@ -170,24 +170,29 @@ def _alarms(run: RunDirectory) -> str:
 
 
 def _pictures(run: RunDirectory) -> str:
-    """The pictures in RUN/analysis, as far as they fit; what does not is named."""
-    figures, left = [], _PICTURE_BYTES
-    for path in sorted((run.path / "analysis").glob("*.png")):
+    """The pictures in RUN/analysis and its folders, as far as they fit; what does not is named."""
+    parts, left, folder = [], _PICTURE_BYTES, run.path / "analysis"
+    for path in sorted(folder.rglob("*.png"), key=lambda path: (path.parent, path.name)):
+        if any(name.startswith(".") for name in path.relative_to(folder).parts):
+            continue  # half written
+        if path.parent != folder and f"<h4>{escape(path.parent.name)}</h4>" not in parts:
+            parts.append(f"<h4>{escape(path.parent.name)}</h4>")
         content, name = path.read_bytes(), escape(path.stem.replace("_", " ").replace("-", " "))
-        left -= len(content)
-        if left < 0:
-            figures.append(
-                f"<figure><figcaption>{name}: too large for this file; it is analysis/{escape(path.name)}"
-                "</figcaption></figure>"
-            )
-            left += len(content)
+        if len(content) > left:
+            place = escape(str(path.relative_to(run.path)))
+            parts.append(f"<figure><figcaption>{name}: too large for this file; it is {place}</figcaption></figure>")
             continue
+        left -= len(content)
+        # mokd analyze says beside a picture what is to be seen on it
+        beside = read_json(path.with_suffix(".json"))
+        said = str(beside["alt"]) if isinstance(beside, dict) and "alt" in beside else ""
+        words = f" <span>{escape(said)}</span>" if said else ""
         data = base64.b64encode(content).decode()
-        figures.append(
-            f'<figure><figcaption><strong>{name}</strong></figcaption><img alt="{name} of run '
-            f'{escape(run.path.name)}" src="data:image/png;base64,{data}"></figure>'
+        parts.append(
+            f'<figure><figcaption><strong>{name}</strong>{words}</figcaption><img alt="'
+            f'{escape(said) or f"{name} of run {escape(run.path.name)}"}" src="data:image/png;base64,{data}"></figure>'
         )
-    return f"<h3>Pictures</h3>{''.join(figures)}" if figures else ""
+    return f"<h3>Pictures</h3>{''.join(parts)}" if parts else ""
 
 
 def _environment(run: RunDirectory) -> str:

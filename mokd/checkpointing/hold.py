@@ -21,24 +21,29 @@ FORGOTTEN_SECONDS = 7 * 24 * 3600.0
 
 
 @contextmanager
-def newest_held(run: RunDirectory) -> Generator[Checkpoint]:
-    """The newest whole checkpoint, verified in the place where it is held until the end of the context.
+def newest_held(run: RunDirectory, step: int | None = None) -> Generator[Checkpoint]:
+    """The newest whole checkpoint, or that of a step, verified in the place where it is held until the end of the
+    context.
 
     UserError where there is none. What is unreadable or of a newer format is told as by `read_checkpoint`.
     """
     _forget(run)
     place = run.evaluations / f".held-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"
     try:
-        yield _hold_newest(run, place)
+        yield _hold_newest(run, place, step)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _hold_newest(run: RunDirectory, place: Path) -> Checkpoint:
+def _hold_newest(run: RunDirectory, place: Path, step: int | None) -> Checkpoint:
     tried: set[int] = set()
     while True:
         # listed again every time: what was pruned meanwhile has a newer one
-        left = [path for path in storage.step_directories(run) if storage.step_of(path) not in tried]
+        there = {storage.step_of(path): path for path in storage.step_directories(run)}
+        left = [path for at, path in there.items() if at not in tried and step in (None, at)]
+        if not left and step is not None:
+            steps = ", ".join(map(str, there)) or "none"
+            raise UserError(f"{run.path}: has no whole checkpoint of step {step}; there are those of steps {steps}")
         if not left:
             raise UserError(f"{run.path}: has no complete checkpoint yet")
         held = place / left[-1].name

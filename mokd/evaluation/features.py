@@ -75,7 +75,7 @@ def eval_loader(data: LabelledSet, config: RunConfig, ranks: Ranks, device: torc
         world_size=ranks.world_size,
         workers=config.data.workers,
         device=device,
-        limit=data.limit,
+        ids=data.ids,
     )
 
 

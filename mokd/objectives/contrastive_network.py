@@ -58,12 +58,17 @@ class FeatureMatching(nn.Module):
 
         The query only chooses positions here: it is detached, as the query of the cross-attention search is.
         """
+        extracted, weights = self.match(queries, dense)
+        matched = (weights.unsqueeze(-1) * extracted).sum(dim=1)
+        return unit_vectors(self.alignment(matched) + self.residual_weight * projected)
+
+    def match(self, queries: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """What is extracted from the other's maps `[R, N, D]`, and how own queries weigh its positions `[R, N]`."""
         grid = math.isqrt(dense.shape[1])
         maps = dense.transpose(1, 2).unflatten(2, (grid, grid))
-        extracted = self.extraction(maps).flatten(2).transpose(1, 2)  # [R, N, D]
+        extracted = self.extraction(maps).flatten(2).transpose(1, 2)
         similarity = (unit_vectors(extracted) * queries.detach().unsqueeze(1)).sum(dim=-1)
-        matched = (similarity.softmax(dim=-1).unsqueeze(-1) * extracted).sum(dim=1)
-        return unit_vectors(self.alignment(matched) + self.residual_weight * projected)
+        return extracted, similarity.softmax(dim=-1)
 
 
 class ContrastiveNetwork(TrainableNetwork):

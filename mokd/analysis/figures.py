@@ -1,0 +1,94 @@
+"""Drawing: the kinds of panels that the pictures of an analysis are made of.
+
+Shape letters: S side in pixels, G side of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+# apart for the color-blind too (Okabe and Ito, 2008)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#f0e442", "#7a4fa3")
+ALONE = "#8a8a8a"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, which no window system or global state knows of."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "mokd"  # names inside of SVG files follow from what is drawn
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with so many panels in a row, each of a size in inches."""
+    figure = new_figure(width * count, height)
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image `[S, S, 3]`, with a map `[G, G]` over it, boxes (left, top, side, color) on it, and words above it."""
+
+    image: Tensor
+    heat: Tensor | None = None
+    boxes: Sequence[tuple[int, int, int, str]] = ()
+    words: str = ""
+    words_color: str = "#000000"
+
+
+def sheet(rows: Sequence[Sequence[Tile | None]], names: Sequence[str] = (), tile: float = 1.6) -> Any:
+    """A sheet of tiles; `names` stand at the left of the rows. None leaves a place empty.
+
+    A map is drawn from transparent, its smallest value, to opaque, its largest: what is bright is looked at.
+    """
+    columns = max(len(row) for row in rows)
+    lines = max((tile.words.count("\n") + 1 for row in rows for tile in row if tile and tile.words), default=0)
+    figure = new_figure(tile * columns + (0.5 if names else 0.0), (tile + 0.19 * lines + 0.06) * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for r, axes in enumerate(grid):
+        for c, one in enumerate(axes):
+            one.set(xticks=[], yticks=[])
+            one.spines[:].set_visible(False)
+            if c == 0 and r < len(names):
+                one.set_ylabel(names[r], fontsize=8)
+            if c < len(rows[r]) and (shown := rows[r][c]) is not None:
+                _draw(one, shown)
+    return figure
+
+
+def _draw(axes: Any, tile: Tile) -> None:
+    from matplotlib.patches import Rectangle
+
+    side = tile.image.shape[0]
+    extent = (0, side, side, 0)
+    axes.imshow(tile.image.numpy(), extent=extent, interpolation="nearest")
+    if tile.heat is not None:
+        heat = tile.heat.float().cpu().numpy()
+        share = (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
+        axes.imshow(np.zeros((1, 1)), extent=extent, cmap="gray", vmin=0, vmax=1, alpha=0.35)
+        axes.imshow(share, extent=extent, cmap="inferno", alpha=0.85 * share**0.7, interpolation="nearest")
+    for left, top, size, color in tile.boxes:
+        axes.add_patch(Rectangle((left, top), size, size, fill=False, edgecolor="black", lw=3.2))
+        axes.add_patch(Rectangle((left, top), size, size, fill=False, edgecolor=color, lw=1.8))
+    axes.set(xlim=(0, side), ylim=(side, 0))
+    if tile.words:
+        axes.set_title(tile.words, fontsize=7, color=tile.words_color, pad=2)
+
+
+def matrix(axes: Any, values: Any, title: str, x: str, y: str) -> Any:
+    """A matrix of values from 0 to 1 as colors, the first row at the bottom."""
+    picture = axes.imshow(values, origin="lower", aspect="auto", cmap="magma", vmin=0.0, vmax=1.0)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return picture
