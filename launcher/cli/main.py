@@ -24,6 +24,7 @@ from launcher.cli import (
     train,
 )
 from launcher.cli.console import messages
+from launcher.slurm.client import SchedulerError
 from mokd import __version__
 
 app = typer.Typer(
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         messages.print(f"[bold red]error:[/] {escape(error)}")
         sys.exit(2)
-    except DataError as error:
+    except (DataError, SchedulerError) as error:
         messages.print(f"[bold red]failed:[/] {escape(error)}")
         sys.exit(1)
     except OSError as error:

@@ -11,7 +11,6 @@ from typing import Any
 from launcher.report.html import page, table
 from launcher.runs.goodput import goodput
 from launcher.runs.records import Records, checkpoint_step
-from launcher.slurm.client import SchedulerError
 from launcher.slurm.status import find_runs, read_status
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
@@ -49,10 +48,6 @@ COLUMNS = ["run", "state", "step", "best k-NN %", "goodput", "restarts"]
 def summary(run: RunDirectory) -> RunSummary:
     """The facts of one run now."""
     account, mark, endings = goodput(run), run.read_status(), Records(run).endings()
-    try:
-        state = read_status(run).state
-    except SchedulerError:  # a run may be shown where its scheduler is unknown; its own mark is what there is then
-        state = str(mark.get("state", "created"))
     best: dict[str, float] = {}
     for record in read_metrics(run.metrics_file):
         for key, value in record.items():
@@ -60,7 +55,7 @@ def summary(run: RunDirectory) -> RunSummary:
                 best[match[1]] = max(value, best.get(match[1], value))
     return RunSummary(
         run=str(run.path),
-        state=state,
+        state=read_status(run).state,
         step=max(int(mark.get("step", 0)), checkpoint_step(run)),
         total_steps=mark.get("total_steps"),
         restarts=sum(ending.verdict == "requeued" for ending in endings),

@@ -53,11 +53,16 @@ class RunStatus:
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """The state of a run now."""
+    """The state of a run now; of its own marks alone where the scheduler does not answer, which `reason` tells."""
     records, mark = Records(run), run.read_status()
     launch, endings = records.last_launch(), records.endings()
-    job = current_job(launch) if launch else None
-    state, reason = _state(run, launch, job, endings, mark)
+    job = None
+    try:
+        job = current_job(launch) if launch else None
+        state, reason = _state(run, launch, job, endings, mark)
+    except client.SchedulerError as error:
+        state, reason = _by_itself(run, endings, mark)
+        reason = "; ".join(filter(None, (reason, f"{error}; this is what the run's own files say")))
     last = _last_metrics(run.metrics_file)
     step = max(int(mark.get("step", 0)), checkpoint_step(run))
     total = mark.get("total_steps")
@@ -132,6 +137,14 @@ def _state(
     if launch.kind == "local":
         return (own, str(mark.get("reason", ""))) if own in FINAL else ("lost", "its processes are gone")
     return _after_the_job(run, launch, mark)
+
+
+def _by_itself(run: RunDirectory, endings: list[Ending], mark: dict[str, Any]) -> tuple[str, str]:
+    """State and reason as the supervisor, or else the ranks, have left them."""
+    last = endings[-1] if endings and endings[-1].attempt == run.current_attempt() else None
+    if last is not None and last.verdict in FINAL:
+        return last.verdict, last.reason
+    return str(mark.get("state", "created")), str(mark.get("reason", ""))
 
 
 def _after_the_job(run: RunDirectory, launch: Launch, mark: dict[str, Any]) -> tuple[str, str]:

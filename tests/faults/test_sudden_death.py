@@ -145,7 +145,11 @@ def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_p
         kill(found.values(), signal.SIGUSR2)
         wait_for("the ranks to leave", lambda: not ranks(run), 30.0)
         saved = checkpoint_step(run)
-        time.sleep(25.0)
+        began = time.monotonic()
+        alone = read_status(run)  # asks for half a minute
+        assert (alone.state, alone.step) == ("stopped", saved)
+        assert "this is what the run's own files say" in alone.reason
+        time.sleep(max(25.0 - (time.monotonic() - began), 0.0))
     finally:
         cluster.start("slurmctld")
     status = finished(run)
