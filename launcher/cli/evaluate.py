@@ -38,8 +38,7 @@ def evaluate(
     Results are kept in RUN/eval/ (FILE.eval/) and computed again only when something that they follow from has changed.
     A call that was cut off continues.
     """
-    from mokd.evaluation.entry import evaluate as start
-    from mokd.evaluation.job import Request
+    from mokd.evaluation.request import Request
 
     request = Request(
         source=source,
@@ -54,6 +53,9 @@ def evaluate(
         backbone=backbone,
         stem=stem,
     )
+    request.check()  # at once: torch is imported only now
+    from mokd.evaluation.entry import evaluate as start
+
     evaluation, status = start(request, nproc)
     if evaluation is None:
         raise typer.Exit(status)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,11 @@ from mokd.config import RunConfig
 from mokd.distributed.process_group import Ranks, broadcast_from_main
 from mokd.evaluation import results, tasks
 from mokd.evaluation.data import LabelledSet
+from mokd.evaluation.request import Request
 from mokd.evaluation.results import Evaluation
-from mokd.evaluation.subjects import NETWORKS, Subject, chosen, digest, from_file, from_run
+from mokd.evaluation.subjects import Subject, chosen, digest, from_file, from_run
 from mokd.evaluation.work import Work
 from mokd.runs.run_directory import RunDirectory
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `mokd eval`.
-
-    source: a run directory, or a file of weights, which needs `backbone` and takes `stem`. branches: all without any.
-    name: of the result, by default the task's. again: even where the result is known. held: the checkpoint of a run,
-    chosen and verified once by `holding`, for all ranks.
-    """
-
-    source: Path
-    task: str = "knn"
-    network: str = "teacher"
-    branches: tuple[str, ...] = ()
-    train: Path | None = None
-    test: Path | None = None
-    overrides: tuple[str, ...] = ()
-    name: str | None = None
-    again: bool = False
-    backbone: str | None = None
-    stem: str = "default"
-    held: Path | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For another process of the same job."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Request:
-        """The request that `to_json` gave."""
-        paths = {key: Path(document[key]) for key in ("source", "train", "test", "held") if document[key] is not None}
-        lists = {key: tuple(document[key]) for key in ("branches", "overrides")}
-        return cls(**{**document, **paths, **lists})
 
 
 @dataclass(frozen=True)
@@ -87,17 +54,10 @@ class Job:
         return results.result_path(self.directory, name, first.network, first.step)
 
 
-def _check_words(request: Request) -> None:
-    _one_of("--task", request.task, tasks.TASKS)
-    _one_of("--network", request.network, NETWORKS)
-    if request.name is not None and (Path(request.name).name != request.name or request.name.startswith(".")):
-        raise UserError(f"--name: given {request.name!r}, expected the name of a file, not a path")
-
-
 @contextmanager
 def holding(request: Request) -> Generator[Request]:
     """The request with the checkpoint that it is about, which no pruning takes away until the end of the context."""
-    _check_words(request)
+    request.check()
     if request.source.is_file() or request.network == "scratch" or request.held is not None:
         yield request
         return
@@ -107,7 +67,7 @@ def holding(request: Request) -> Generator[Request]:
 
 def configuration(request: Request) -> RunConfig:
     """The run's configuration, or one for a file of weights, with what the request changes about it. UserError."""
-    _check_words(request)
+    request.check()
     from_weights = request.source.is_file()
     file = request.source if from_weights else RunDirectory.open(request.source).config_file
     raw = _config_for_weights(request) if from_weights else schema.read_yaml(file)
@@ -228,8 +188,3 @@ def records_of(job: Job, evaluation: Evaluation) -> Evaluation:
         names,
         names,
     )
-
-
-def _one_of(option: str, given: str, allowed: Sequence[str]) -> None:
-    if given not in allowed:
-        raise UserError(f"{option}: given '{given}', expected {' or '.join(allowed)}")

@@ -20,8 +20,6 @@ from mokd.runs.run_directory import RunDirectory
 from mokd.runs.seeds import derive_seed
 from mokd.weights.formats import load_weights
 
-NETWORKS = ("teacher", "student", "scratch")
-
 
 @dataclass(frozen=True)
 class Subject:

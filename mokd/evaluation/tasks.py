@@ -11,10 +11,7 @@ from mokd.evaluation.data import LabelledSet, check_neighbours, check_pair, open
 from mokd.evaluation.finetune import finetune_task
 from mokd.evaluation.frozen import knn_task
 from mokd.evaluation.linear_task import linear_task
-from mokd.evaluation.results import SETTINGS
 from mokd.evaluation.work import Work
-
-TASKS = tuple(SETTINGS)
 
 
 def place_data(raw: dict[str, Any], task: str, train: Path | None, test: Path | None) -> None:
