@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.processes import process_start
 from launcher.runs.records import Ending, Launch, Records, checkpoint_step
 from launcher.slurm import client
 from mokd.runs.files import read_json
 from mokd.runs.heartbeat import read_heartbeats, slowest
 from mokd.runs.metrics import read_metrics
+from mokd.runs.processes import process_start
 from mokd.runs.run_directory import RunDirectory
 
 # states that a run does not leave without a new launch

@@ -19,7 +19,6 @@ from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig, minutes
 from launcher.runs import code_snapshot
 from launcher.runs.permissions import make_private
-from launcher.runs.processes import process_start
 from launcher.runs.records import Launch, Records
 from launcher.slurm import client
 from launcher.slurm.rank_entry import ENTRY, run_rank
@@ -28,6 +27,7 @@ from launcher.slurm.status import current_job
 from mokd.config import RunConfig, with_absolute_paths
 from mokd.distributed.free_port import free_port
 from mokd.runs.files import replace_text
+from mokd.runs.processes import process_start
 from mokd.runs.run_directory import RunDirectory
 
 LEAVING_SECONDS = 120.0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mokd.runs.files import read_json, replace_json
+from mokd.runs.processes import process_start
 from mokd.runs.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Heartbeat:
         state = self._state
         if state["beat"] == self._written:
             return
-        record = {"attempt": self._attempt, "rank": self._rank, "host": _host(), **state}
+        process = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
+        record = {"attempt": self._attempt, "rank": self._rank, "host": _host(), **process, **state}
         try:
             if self._run.current_attempt() == self._attempt:  # a leftover's heart is nobody's
                 replace_json(self._file, record)
@@ -126,6 +128,15 @@ def read_heartbeats(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:
     found = [read_json(path) for path in run.heartbeats.glob("rank-*.json")]
     own = [record for record in found if isinstance(record, dict) and record.get("attempt") == attempt]
     return sorted(own, key=lambda record: int(record["rank"]))
+
+
+def living_here(run: RunDirectory) -> int | None:
+    """The id of a process on this machine that is training the run; None where nobody is known to be."""
+    for record in read_heartbeats(run, run.current_attempt()):
+        pid, there = int(record.get("pid", 0)), record["host"] == _host() and record["phase"] != "done"
+        if there and pid not in (0, os.getpid()) and process_start(pid) == record["process_start"]:
+            return pid
+    return None
 
 
 def slowest(records: list[dict[str, Any]]) -> dict[str, Any]:

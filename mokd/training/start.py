@@ -13,6 +13,7 @@ from mokd.config import RunConfig, with_absolute_paths
 from mokd.distributed.local_ranks import train_locally
 from mokd.runs.exit_codes import EXIT_USER
 from mokd.runs.files import replace_text
+from mokd.runs.heartbeat import living_here
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.feasibility import check, data_identity
 
@@ -25,6 +26,10 @@ def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int, res
     """
     path = root / config.name
     exists = (path / "config.yaml").is_file()
+    if exists and (pid := living_here(RunDirectory(path))) is not None:
+        raise UserError(
+            f"{path}: process {pid} is training it; end that first (kill {pid} saves), or: mokd status {path}"
+        )
     config = with_absolute_paths(config, RunDirectory.open(path).config() if exists and resume else None)
     if exists and not (resume or restart):
         raise UserError(f"{path}: this run exists already; continue it with --resume, or set another name=...")

@@ -18,12 +18,12 @@ from typing import Any
 from data_pipeline.core import schema
 from launcher.config import ClusterConfig
 from launcher.runs.logs import log_files
-from launcher.runs.processes import process_start
 from launcher.runs.records import Records, checkpoint_step
 from launcher.slurm.status import FINAL, RunStatus, read_status
 from launcher.slurm.submit import create_run, submit, submit_array
 from mokd.config import RunConfig
 from mokd.runs.files import read_json
+from mokd.runs.processes import process_start
 from mokd.runs.run_directory import RunDirectory
 from slurm.cluster import Cluster
 from slurm.config import Options

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.core.errors import UserError
+from mokd.runs.exit_codes import EXIT_STOPPED
+from mokd.runs.heartbeat import read_heartbeats
+from mokd.runs.run_directory import RunDirectory
 from mokd.training.start import prepare
-from tests.support import tiny_config
+from tests.support import ROOT, tiny_config
 
 
 def test_paths_are_stored_as_the_first_call_means_them(
@@ -29,3 +37,21 @@ def test_paths_are_stored_as_the_first_call_means_them(
     (tmp_path / "elsewhere.beton").symlink_to(test)
     moved = tiny_config(Path("train.beton"), **names | {"evaluation__test": "elsewhere.beton"}, **transfer)
     assert prepare(moved, tmp_path, resume=True, world_size=1).config().evaluation.test == tmp_path / "elsewhere.beton"
+
+
+def test_a_run_that_is_being_trained_is_left_alone(beton: Path, tmp_path: Path) -> None:
+    config = tiny_config(beton, optim__epochs=1000)
+    run = RunDirectory.create(tmp_path / config.name, config)
+    rank = subprocess.Popen([sys.executable, "-m", "mokd.training.entry", str(run.path)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120.0
+        while not read_heartbeats(run, 1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with pytest.raises(UserError, match=f"process {rank.pid} is training it; end that first"):
+            prepare(config, tmp_path, resume=True, world_size=1)
+        rank.send_signal(signal.SIGTERM)
+        assert rank.wait(120.0) == EXIT_STOPPED
+    finally:
+        rank.kill()
+        rank.wait()
+    prepare(config, tmp_path, resume=True, world_size=1)
