@@ -17,13 +17,13 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#00
 ALONE = "#8a8a8a"
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, which no window system or global state knows of."""
+def new_figure(width: float, height: float, *, laid_out: bool = True) -> Any:
+    """An empty figure, in inches, whose panels are laid out around their labels, which no window system or global state knows of."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "mokd"  # names inside of SVG files follow from what is drawn
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained" if laid_out else None)
 
 
 def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -52,16 +52,19 @@ def sheet(rows: Sequence[Sequence[Tile | None]], names: Sequence[str] = (), tile
     A map is drawn from transparent, its smallest value, to opaque, its largest: what is bright is looked at.
     """
     columns = max(len(row) for row in rows)
-    lines = max((tile.words.count("\n") + 1 for row in rows for tile in row if tile and tile.words), default=0)
-    figure = new_figure(tile * columns + (0.5 if names else 0.0), (tile + 0.19 * lines + 0.06) * len(rows))
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for r, axes in enumerate(grid):
-        for c, one in enumerate(axes):
+    lines = max((shown.words.count("\n") + 1 for row in rows for shown in row if shown and shown.words), default=0)
+    gap, left, head = 0.06, 0.3 if names else 0.06, 0.15 * lines + 0.06
+    width, height = left + columns * (tile + gap), len(rows) * (tile + head) + gap
+    figure = new_figure(width, height, laid_out=False)  # a solver would take seconds for hundreds of tiles
+    for r, row in enumerate(rows):
+        for c, shown in enumerate(row):
+            x, y = left + c * (tile + gap), height - (r + 1) * (tile + head)
+            one = figure.add_axes((x / width, y / height, tile / width, tile / height))
             one.set(xticks=[], yticks=[])
             one.spines[:].set_visible(False)
             if c == 0 and r < len(names):
-                one.set_ylabel(names[r], fontsize=8)
-            if c < len(rows[r]) and (shown := rows[r][c]) is not None:
+                one.set_ylabel(names[r], fontsize=8, labelpad=3)
+            if shown is not None:
                 _draw(one, shown)
     return figure
 
