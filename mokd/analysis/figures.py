@@ -18,7 +18,7 @@ ALONE = "#8a8a8a"
 
 
 def new_figure(width: float, height: float, *, laid_out: bool = True) -> Any:
-    """An empty figure, in inches, whose panels are laid out around their labels, which no window system or global state knows of."""
+    """An empty figure, in inches, that no window system or global state knows of; laid_out: panels around labels."""
     import matplotlib
     from matplotlib.figure import Figure
 
