@@ -149,7 +149,7 @@ class Monitors:
                 scalars[f"feature_std/{branch}"] = spread.mean()
                 scalars[f"feature_spread/{branch}"] = spread.mean() * len(spread) ** 0.5
                 arrays |= {f"gram/{branch}": columns @ columns.T, f"feature_std/{branch}": spread}
-        weights = {branch.name: self._cross_weight(branch) for branch in self._config.branches if not branch.frozen}
+        weights = {b.name: self._cross_weight(b) for b in self._config.branches if b.name in names}
         return Pending(scalars, ranks, arrays, weights)
 
     def _cross_weight(self, branch: BranchConfig) -> float:

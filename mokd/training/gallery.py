@@ -30,6 +30,8 @@ class Gallery:
         """At the first logged step of an epoch that is due: begins to make the picture."""
         logging_, first = self._config.logging, epoch * self._epoch_steps
         every = logging_.pictures_every_epochs
+        if self._config.data.channels != 3:
+            return  # colours are what a picture shows
         if every is None or not logging_.chosen or epoch % every or epoch == self._shown:
             return
         self._shown = epoch
@@ -41,7 +43,7 @@ class Gallery:
     def _make(self, step: int, epoch: int) -> None:
         config = self._config
         try:
-            samples = open_samples(config.data.train)
+            samples = open_samples(config.data.train, config.data.channels)
             kept = subset(samples.size, config.data.limit)
             chosen = [int(kept[i * (len(kept) - 1) // max(IMAGES - 1, 1)]) for i in range(min(IMAGES, len(kept)))]
             picture, facts = view_picture(samples, config.views, config.seed, epoch, chosen)
