@@ -93,7 +93,7 @@ def _curves(gathering: Gathering, attention: dict[str, Any], field: dict[str, An
         one.set_title(f"{member.branch}: receptive field", fontsize=10, loc="left")
         one.set_ylabel("mean distance (pixels)", fontsize=9)
     for one in axes:
-        one.set_ylim(bottom=0.0)
+        one.set_ylim(0.0, 1.08 * one.get_ylim()[1])
         one.legend(fontsize=8, frameon=False)
     return figure
 

@@ -18,7 +18,10 @@ ALONE = "#8a8a8a"
 
 
 def new_figure(width: float, height: float, *, laid_out: bool = True) -> Any:
-    """An empty figure, in inches, that no window system or global state knows of; laid_out: panels around labels."""
+    """An empty figure, in inches, which no window system or global state knows of.
+
+    laid_out: its panels are placed so that all labels find room.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -49,7 +52,7 @@ class Tile:
 def sheet(rows: Sequence[Sequence[Tile | None]], names: Sequence[str] = (), tile: float = 1.6) -> Any:
     """A sheet of tiles; `names` stand at the left of the rows. None leaves a place empty.
 
-    A map is drawn from transparent, its smallest value, to opaque, its largest: what is bright is looked at.
+    A map is drawn from transparent, its smallest value, to opaque, its largest, however little they differ.
     """
     columns = max(len(row) for row in rows)
     lines = max((shown.words.count("\n") + 1 for row in rows for shown in row if shown and shown.words), default=0)
@@ -94,4 +97,6 @@ def matrix(axes: Any, values: Any, title: str, x: str, y: str) -> Any:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     return picture
