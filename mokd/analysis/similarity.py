@@ -103,4 +103,4 @@ def find_rank(gathering: Gathering) -> Iterator[Finding]:
     axes.margins(x=0.25)
     said = "; ".join(f"{label} {found['rank_me']:.1f} of {found['largest']}" for label, found in numbers.items())
     alt = f"Effective rank (RankMe) of the pooled features of {len(gathering.sampled)} images: {said}."
-    yield Finding("rank", alt, {"images": len(gathering.sampled), "networks": numbers}, figure)
+    yield Finding("rank", alt, {"images": len(gathering.sampled), "effective_rank": numbers}, figure)

@@ -41,7 +41,8 @@ def pick_device(ranks: Ranks, device: str = "auto", promised: int | None = None)
     if not torch.cuda.is_available():
         if device == "auto" and promised is None:
             return torch.device("cpu")
-        wanted = f"{promised} GPUs were promised here" if promised else "a GPU is wanted"
+        number = "1 GPU was" if promised == 1 else f"{promised} GPUs were"
+        wanted = f"{number} promised here" if promised else "a GPU is wanted"
         raise UserError(f"{wanted}, but rank {ranks.rank} can use none: {why_no_gpu()}; {WAYS_OUT}")
     visible = torch.cuda.device_count()
     index = ranks.local_rank

@@ -88,7 +88,7 @@ def test_the_numbers_of_a_run(root: Path, folder: Path) -> None:
     (pair,) = read_json(folder / "cka.json")["pairs"]
     assert np.shape(pair["cka"]) == (len(pair["first_layers"]), len(pair["second_layers"])) == (5, 3)
     assert len(read_json(folder / "tsne.json")["places"]["vit alone"]) == 24
-    rank = read_json(folder / "rank.json")["networks"]
+    rank = read_json(folder / "rank.json")["effective_rank"]
     assert all(1.0 <= network["rank_me"] <= network["largest"] for network in rank.values())
     looks = np.array(read_json(folder / "search_resnet_in_vit.json")["looks"])
     assert looks.shape == (3, 2, 4, 4)

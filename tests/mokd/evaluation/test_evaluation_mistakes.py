@@ -59,7 +59,7 @@ def test_arguments(run: RunDirectory) -> None:
 def test_a_gpu_that_is_wanted_or_was_promised(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a GPU is wanted, but rank 0 can use none" in refusal(run, "parallel.device=cuda")
     monkeypatch.setenv("MOKD_GPUS_PER_NODE", "1")
-    assert "1 GPUs were promised here" in refusal(run)
+    assert "1 GPU was promised here" in refusal(run)
     monkeypatch.setenv("MOKD_GPUS_PER_NODE", "one")
     assert "'one' is not a number" in refusal(run)
     monkeypatch.setenv("MOKD_GPUS_PER_NODE", "1")
