@@ -83,10 +83,13 @@ def test_the_headline_job_gets_them_and_ends_in_one_line_where_none_can_be_used(
     assert "\n" not in (status.reason or "")
     assert [ending.kind for ending in Records(run).endings()] == ["user error"]
     assert "Traceback" not in logs(run)
-    # not requeued: SLURM knows the job as ended, after one start
-    shown = cluster.run("scontrol", "show", "job", job.job_id)
+    # not requeued: SLURM knows the job as ended, once its processes have left, after one start
+    shown = wait_for(
+        "SLURM to end the job",
+        lambda: "JobState=FAILED" in (told := cluster.run("scontrol", "show", "job", job.job_id)) and told,
+        60,
+    )
     assert "Restarts=0" in shown
-    assert "JobState=FAILED" in shown
 
 
 def test_the_doctor_on_every_node_of_an_allocation(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
