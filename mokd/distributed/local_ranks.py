@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from mokd.distributed.free_port import free_port
 from mokd.distributed.stopping import STOP_SIGNALS
-from mokd.runs.exit_codes import EXIT_STOPPED
+from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_USER
 
 GRACE_SECONDS = 10.0
+SAYING_SECONDS = 5.0
 
 
 def train_locally(directory: Path, count: int) -> int:
@@ -43,6 +45,8 @@ def supervise(command: Sequence[str], count: int) -> int:
         passed = 0
         while None in [worker.poll() for worker in workers]:  # a list: every worker is looked at, every time
             if failed := [w.returncode for w in workers if w.returncode not in (None, 0, EXIT_STOPPED)]:
+                if failed[0] == EXIT_USER:
+                    _wait(workers, SAYING_SECONDS)  # the same mistake on all ranks, and the first one is to say it
                 _end(workers)
                 # a rank that was still starting up has no handler yet: it ends, and nothing is lost
                 return EXIT_STOPPED if asked and failed[0] == -signal.SIGTERM else _status(failed[0])
@@ -89,6 +93,13 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for worker in workers:
+        with suppress(subprocess.TimeoutExpired):
+            worker.wait(max(deadline - time.monotonic(), 0.0))
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

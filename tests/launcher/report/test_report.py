@@ -17,11 +17,9 @@ from PIL import Image
 from launcher.cli import main as cli
 from launcher.report.build import families
 from launcher.report.chart import thinned, ticks
-from launcher.report.summary import summary
 from launcher.report.timeline import attempt_spans
 from launcher.runs.goodput import goodput
 from launcher.runs.records import Ending, Records
-from launcher.slurm.client import SchedulerError
 from mokd.runs.run_directory import RunDirectory
 from tests.support import mokd, tiny
 
@@ -169,18 +167,6 @@ def test_steps_done_again_are_lost_in_the_timeline(tmp_path: Path) -> None:
     (attempt,) = goodput(run).attempts
     spans = [(span.phase, span.ended - span.started) for span in attempt_spans(run, attempt)]
     assert spans == [("start", 1.0), ("start", 9.0), ("step", 6.0), ("save", 1.0), ("lost", 4.0)]
-
-
-def test_a_run_is_shown_where_its_scheduler_is_unknown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunDirectory.open(root / "runs" / "tiny")
-    state = summary(run).state
-
-    # a stand-in for a scontrol that cannot find its cluster: where SLURM is missing or runs, there is none to be had
-    def unknown(_: RunDirectory) -> None:
-        raise SchedulerError("no configuration source")
-
-    monkeypatch.setattr("launcher.report.summary.read_status", unknown)
-    assert summary(run).state == state == "done"
 
 
 def test_the_table_of_runs(root: Path, page: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main as cli
+from launcher.report.summary import summary
 from launcher.runs.records import Ending, Records
 from launcher.slurm.status import read_status
 from mokd.runs.run_directory import RunDirectory
@@ -38,6 +39,7 @@ def test_its_own_files_say_what_they_know(launched: RunDirectory) -> None:
     status = read_status(launched)
     assert (status.state, status.step) == ("running", 7)
     assert status.reason.endswith("this is what the run's own files say")
+    assert summary(launched).state == "running"
     Records(launched).write_ending(Ending(1, 1, "cancelled", "cancelled", "the job was cancelled", 7))
     assert read_status(launched).state == "cancelled"
 
