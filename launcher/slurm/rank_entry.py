@@ -19,7 +19,7 @@ from data_pipeline.core.errors import UserError
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Records
 from mokd.distributed.stopping import StopRequest
-from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_SUPERSEDED
+from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER
 from mokd.runs.files import replace_json
 from mokd.runs.run_directory import RunDirectory, StaleAttemptError
 
@@ -56,6 +56,12 @@ def run_rank(directory: str, entry: str = ENTRY) -> str:
         print(f"leaving: {error}", file=sys.stderr, flush=True)
         _abandon()
         raise SystemExit(EXIT_SUPERSEDED) from None
+    except UserError as error:
+        _leave_word(run, attempt, rank, error)
+        # submitit would print a traceback, which tells a user nothing more
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _abandon()
+        raise SystemExit(EXIT_USER) from None
     except Exception as error:
         _leave_word(run, attempt, rank, error)
         _abandon()
