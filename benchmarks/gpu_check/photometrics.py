@@ -22,10 +22,8 @@ from data_pipeline.sampling.draws import draw_views, view_sizes
 from data_pipeline.transforms.photometrics import CpuPhotometrics, pack_parameters, photometrics_torch
 
 LEVEL = 1 / 255
-TOLERANCE = (
-    0.1 * LEVEL
-)  # before normalisation; a pixel right at the threshold may be solarised in one and not the other
-FAR = 1e-4  # the part of pixels that may be such
+TOLERANCE = 0.1 * LEVEL  # before normalisation
+FAR = 1e-4  # the part of pixels that may be further apart: right at the threshold, solarised in one and not the other
 
 
 def measure(setting: Setting) -> Iterator[tuple[str, Any]]:

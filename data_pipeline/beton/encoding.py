@@ -11,10 +11,11 @@ import shutil
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from data_pipeline.beton.format import CHECKSUM_BYTES
 from data_pipeline.beton.images import Encoded, Storage, encode
@@ -25,6 +26,8 @@ _AHEAD = 8  # images per thread that may be finished before their turn
 _PROBE_IMAGES = 64
 
 Result = tuple[Encoded, int] | str
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,16 @@ def encoded(paths: Sequence[Place], storage: Storage, workers: int) -> Iterator[
             return str(reason)
         return image, zlib.crc32(image.data)
 
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+    yield from in_threads(work, paths, workers)
+
+
+def in_threads(work: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
+    """What `work` makes of every item, in order; a few of them are made ahead, so memory is bounded."""
+    pending: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
         try:
-            for path in paths:
-                pending.append(pool.submit(work, path))
+            for item in items:
+                pending.append(pool.submit(work, item))
                 if len(pending) > _AHEAD * workers:
                     yield pending.popleft().result()
             while pending:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.beton.convert import ConvertOptions, Skipped
-from data_pipeline.beton.encoding import default_workers
+from data_pipeline.beton.encoding import default_workers, in_threads
 from data_pipeline.beton.format import open_beton
 from data_pipeline.beton.pixels import Unusable, pixels
 from data_pipeline.beton.places import read
@@ -20,8 +18,6 @@ from data_pipeline.beton.samples import BetonSamples
 from data_pipeline.beton.sources import list_images
 from data_pipeline.beton.tables import Columns
 from data_pipeline.core.errors import DataError, UserError
-
-_AHEAD = 8  # images per thread that may be finished before their turn
 
 Moments = NDArray[np.float64]
 
@@ -45,9 +41,11 @@ def statistics(
     there is nothing to read.
     """
     jobs = _of_beton(sources[0]) if len(sources) == 1 and sources[0].suffix == ".beton" else _of(sources, options)
+    # in order, so that sums are the same whatever the number of threads
+    results = in_threads(lambda job: job(), jobs, options.workers or default_workers())
     total, skipped = np.zeros((2, 0)), []
     images = 0
-    for done, found in enumerate(_in_threads(jobs, options.workers or default_workers()), start=1):
+    for done, found in enumerate(results, start=1):
         if isinstance(found, Skipped):
             skipped.append(found)
         else:
@@ -103,15 +101,3 @@ def _moments(values: NDArray[np.uint8]) -> Moments:
     counts = [np.bincount(values[..., c].reshape(-1), minlength=256) for c in range(values.shape[2])]
     parts = np.stack(counts, axis=1) / (values.shape[0] * values.shape[1])
     return np.stack([levels @ parts, levels**2 @ parts])
-
-
-def _in_threads(jobs: Sequence[Job], workers: int) -> Iterator[Moments | Skipped]:
-    """The results in order, so that sums are the same whatever the number of threads."""
-    pending: deque[Future[Moments | Skipped]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="statistics") as pool:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) > _AHEAD * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

@@ -120,12 +120,12 @@ def check_path(path: Path, backend: Backend) -> None:
     """UserError when there is nothing at `path` that the backend could read."""
     if not path.exists():
         raise UserError(f"{path}: no such file; make a beton with: mokd convert IMAGE_FOLDER {path}")
-    if path.is_dir() and backend == "ffcv":
+    if path.is_dir() and usable_backend(backend) == "ffcv":
         hint = f"convert it first (mokd convert {path} OUT.beton), or use data.backend=torchvision"
         raise UserError(f"{path}: is a folder; {hint}")
 
 
 def count_samples(path: Path, backend: Backend, channels: int = 3) -> int:
     """How many samples a beton or folder holds, after the checks of `build_loader`. Raises UserError."""
-    check_path(path, usable_backend(backend))
+    check_path(path, backend)
     return open_samples(path, channels).size

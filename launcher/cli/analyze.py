@@ -43,7 +43,7 @@ def analyze(
     """
     from mokd.analysis.job import AnalysisRequest
     from mokd.analysis.job import analyze as start
-    from mokd.evaluation.job import Request
+    from mokd.evaluation.request import Request
 
     request = AnalysisRequest(
         evaluation=Request(

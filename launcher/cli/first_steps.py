@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,7 +72,7 @@ def init(
     if data is None and not asks:
         raise UserError("--data is missing: where are the training images?")
     data = data or Path(typer.prompt("Training images (a beton, or a folder)"))
-    found, machine = first.look(data), _machine()
+    found, machine = first.look(data), first.Machine.here()
     proposed = first.fitting_pair(found, machine)
     if pair is None and asks:
         for known, (_, when) in first.PAIRS.items():
@@ -89,11 +88,3 @@ def init(
             f"faster       mokd convert {data} {data.name}.beton, then mokd init --data {data.name}.beton --overwrite"
         )
     print(f"next         mokd views {file}\n             mokd train {file} --nproc {max(1, machine.gpus)}")
-
-
-def _machine() -> Any:
-    import torch
-
-    from launcher.first_steps.init import Machine
-
-    return Machine(torch.cuda.device_count(), len(os.sched_getaffinity(0)))

@@ -36,7 +36,8 @@ def config(
 ) -> None:
     """Check a configuration and print it with every default written out; --keys: what the keys mean."""
     if keys is not None:
-        return _print_keys(keys, as_json)
+        _print_keys(keys, as_json)
+        return
     if config is None:
         raise UserError("config: give a configuration, for example: mokd config demo.yaml; or --keys optim")
     resolved = load_config(find_config(config), overrides or [])
@@ -44,7 +45,6 @@ def config(
         print_json(resolved.model_dump(mode="json"))
     else:
         print(dump_yaml(resolved), end="")
-    return None
 
 
 def _print_keys(prefix: str, as_json: bool) -> None:
@@ -58,7 +58,8 @@ def _print_keys(prefix: str, as_json: bool) -> None:
         raise UserError(f"--keys {prefix}: no key begins so; sections: {', '.join(sections)}")
     if as_json:
         print_json({"keys": [asdict(key) for key in found]})
-    for key in () if as_json else found:
+        return
+    for key in found:
         print(f"{key.name} = {key.default or '(to be given)'}   [{key.allowed}]\n    {key.meaning}")
 
 

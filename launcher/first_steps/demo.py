@@ -39,7 +39,7 @@ def prepare(images: Path | None, ranks: int, say: Say) -> Sequence[str]:
     name = f"demo-{folder}-{hashlib.sha1(str(images).encode()).hexdigest()[:6]}"
     home = HOME.with_name(name)
     if not (home / "images").is_dir():
-        for left in split(images, home / "images").left_out:
+        for left in split(images, home / "images"):
             say(f"{images / left}: left out, a class of a single image")
     _convert(home, say)
     return [f"name={name}", *_overrides(home, images, ranks)]

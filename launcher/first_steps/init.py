@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ class Machine:
 
     gpus: int
     cores: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This one, as this process may use it."""
+        import torch  # seconds, which a mistake in what was given need not wait for
+
+        return cls(torch.cuda.device_count(), len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)

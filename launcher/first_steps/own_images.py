@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.beton.sources import Listing, list_images
@@ -14,17 +13,10 @@ from data_pipeline.core.errors import UserError
 EVERY = 5  # image of a class is for testing
 
 
-@dataclass(frozen=True)
-class Split:
-    """What was made of a folder: images for training, whether there are labels, and what was left out."""
-
-    train: int
-    labelled: bool
-    left_out: tuple[str, ...]  # classes of a single image, which cannot be both learned and asked for
-
-
-def split(images: Path, output: Path) -> Split:
+def split(images: Path, output: Path) -> list[str]:
     """Makes `output`/train and, where there are at least two classes, `output`/test, anew. UserError as `list_images`.
+
+    Returns the classes that are left out: those of a single image, which cannot be both learned from and tested.
 
     Links have the names of the images, below the class: what is said of a link is said of the image.
     """
@@ -43,8 +35,7 @@ def split(images: Path, output: Path) -> Split:
     shutil.rmtree(output, ignore_errors=True)
     os.rename(partial, output)
     left = sorted(set(range(len(listing.classes))) - {listing.labels[index] for index, _ in kept})
-    count = sum(part == "train" for _, part in kept)
-    return Split(count, any(part == "test" for _, part in kept), tuple(listing.classes[label] for label in left))
+    return [listing.classes[label] for label in left]
 
 
 def _parts(listing: Listing) -> Sequence[tuple[int, str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mokd.analysis.layers import square_side
+
 
 def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows `[R, D]` along their first principal axes, `[R, count]`, and the share of the variance of each.
@@ -28,7 +30,8 @@ def color_maps(tokens: Tensor) -> tuple[Tensor, Tensor]:
     of its component from the 1st to the 99th percentile.
     """
     batch, count, _ = tokens.shape
-    grid = int(count**0.5)
+    grid = square_side(count)
+    assert grid is not None, "tokens form a square grid"
     projected, shares = principal_components(tokens.flatten(0, 1), 3)
     low, high = torch.quantile(projected, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0.0, 1.0)

@@ -15,7 +15,8 @@ from mokd.analysis.finding import Part, one_branch
 from mokd.analysis.members import ONE_PROCESS, Gathering
 from mokd.checkpointing.hold import newest_held
 from mokd.distributed.accelerators import pick_device
-from mokd.evaluation.job import Job, Request, prepare
+from mokd.evaluation.job import Job, prepare
+from mokd.evaluation.request import Request
 from mokd.optim.precision import set_arithmetic
 from mokd.runs.run_directory import RunDirectory
 

@@ -76,9 +76,7 @@ def _plain(values: Gram) -> list[list[float | None]]:
 
 def rank_me(features: Tensor) -> float:
     """RankMe of features `[N, D]` as they are, by the smaller of their two products."""
-    features = features.double()
-    smaller = features.T @ features if features.shape[1] < features.shape[0] else features @ features.T
-    return effective_rank(smaller.cpu().numpy())
+    return effective_rank(gram(features.T if features.shape[1] < features.shape[0] else features))
 
 
 def find_rank(gathering: Gathering) -> Iterator[Finding]:

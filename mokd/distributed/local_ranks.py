@@ -106,11 +106,9 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
+    _wait(workers, GRACE_SECONDS)
     for worker in workers:
-        try:
-            worker.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
+        if worker.poll() is None:
             worker.kill()
             worker.wait()
 

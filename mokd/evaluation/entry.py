@@ -22,7 +22,8 @@ from mokd.distributed.process_group import (
     use_own_cores,
 )
 from mokd.evaluation import results
-from mokd.evaluation.job import Job, Request, configuration, holding, perform, prepare, records_of
+from mokd.evaluation.job import Job, configuration, holding, perform, prepare, records_of
+from mokd.evaluation.request import Request
 from mokd.evaluation.results import Evaluation
 from mokd.optim.precision import set_arithmetic
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ class Logger:
         """The end of this attempt."""
 
 
-class Forgetful(Logger):
+class Forgetful(Logger, ABC):
     """A logger that can take nothing back: steps that come again after a resume are sent once.
 
     A run that it did not have yet gets the curve so far from the metrics.
@@ -76,26 +77,27 @@ class Forgetful(Logger):
                 self.scalars(int(record["step"]), {k: v for k, v in record.items() if k != "step" and v is not None})
         replace_json(continued.run.loggers_file, {**known, self.name: self._id}, durable=True)
 
+    @abstractmethod
     def open(self, continued: Continued, known: str | None) -> str:
         """Opens the run of that id, or a new one, and returns its id."""
-        raise NotImplementedError
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Those that are new."""
         if fresh := {key: value for key, value in values.items() if (step, key) not in self._sent}:
             self.send(step, fresh)
 
+    @abstractmethod
     def send(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step."""
-        raise NotImplementedError
 
 
 def check(config: LoggingConfig) -> None:
     """UserError when a logger's library is not installed."""
     for name in config.chosen:
         if importlib.util.find_spec(name) is None:
+            package = name if name == "tensorboard" else f"'mokd[{name}]'"  # an extra, but for what always comes along
             raise UserError(
-                f"logging.loggers: {name} is not installed; pip install 'mokd[{name}]', or leave it out of the list"
+                f"logging.loggers: {name} is not installed; pip install {package}, or leave it out of the list"
             )
 
 

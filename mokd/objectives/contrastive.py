@@ -15,7 +15,7 @@ from mokd.config import BranchConfig, ContrastiveConfig
 from mokd.losses.info_nce import CHUNK, info_nce
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.contrastive_network import ContrastiveNetwork, ContrastiveOutput, Seen, build_contrastive_network
-from mokd.objectives.memory_bank import MemoryBank, gather_keys
+from mokd.objectives.memory_bank import MemoryBank, bank_tensors, gather_keys, load_bank_tensors
 from mokd.runs.seeds import derive_seed
 
 
@@ -123,16 +123,11 @@ class ContrastiveObjective:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The banks, `bank/<branch>/{keys,written}`."""
-        return {
-            f"bank/{name}/{key}": tensor
-            for name, bank in self.banks.items()
-            for key, tensor in bank.state_tensors().items()
-        }
+        return bank_tensors("bank", self.banks)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restores the banks."""
-        for name, bank in self.banks.items():
-            bank.load_state_tensors({key: tensors[f"bank/{name}/{key}"] for key in bank.state_tensors()})
+        load_bank_tensors("bank", self.banks, tensors)
 
     def loss_bytes(self, images_per_rank: int) -> int:
         """The banks, and a chunk of similarities with its exponentials, in fp32."""

@@ -19,7 +19,7 @@ from mokd.models.backbones import build_for_views, measure_shapes
 from mokd.models.heads import unit_vectors
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.distillation_network import DistillationNetwork, DistillationOutput
-from mokd.objectives.memory_bank import MemoryBank, gather_keys
+from mokd.objectives.memory_bank import MemoryBank, bank_tensors, gather_keys, load_bank_tensors
 from mokd.runs.seeds import derive_seed
 
 # a frozen branch's features as targets `[V, B, D]`, by its name
@@ -97,16 +97,11 @@ class DistillationObjective:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The queues, `queue/<branch>/{keys,written}`."""
-        return {
-            f"queue/{name}/{key}": tensor
-            for name, queue in self.queues.items()
-            for key, tensor in queue.state_tensors().items()
-        }
+        return bank_tensors("queue", self.queues)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restores the queues."""
-        for name, queue in self.queues.items():
-            queue.load_state_tensors({key: tensors[f"queue/{name}/{key}"] for key in queue.state_tensors()})
+        load_bank_tensors("queue", self.queues, tensors)
 
     def loss_bytes(self, images_per_rank: int) -> int:
         """The queues, and of one comparison with a queue similarities, targets and their products, in fp32."""

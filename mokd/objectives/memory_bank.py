@@ -5,6 +5,8 @@ Shape letters: V views, B images per rank, G images over all ranks, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,17 @@ class MemoryBank:
         """Restores what `state_tensors` gave."""
         self.keys.copy_(tensors["keys"])
         self.written = int(tensors["written"])
+
+
+def bank_tensors(kind: str, banks: Mapping[str, MemoryBank]) -> dict[str, Tensor]:
+    """The state of banks by branch, `<kind>/<branch>/{keys,written}`."""
+    return {f"{kind}/{name}/{k}": tensor for name, bank in banks.items() for k, tensor in bank.state_tensors().items()}
+
+
+def load_bank_tensors(kind: str, banks: Mapping[str, MemoryBank], tensors: Mapping[str, Tensor]) -> None:
+    """Restores what `bank_tensors` gave."""
+    for name, bank in banks.items():
+        bank.load_state_tensors({key: tensors[f"{kind}/{name}/{key}"] for key in bank.state_tensors()})
 
 
 def gather_keys(keys: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Gallery:
         if every is None or not logging_.chosen or epoch % every or epoch == self._shown:
             return
         self._shown = epoch
-        if step - first > max(logging_.every_steps, 1) or (self._thread is not None and self._thread.is_alive()):
+        if step - first > logging_.every_steps or (self._thread is not None and self._thread.is_alive()):
             return  # resumed within an epoch that has its picture
         self._thread = threading.Thread(target=self._make, args=(step, epoch), name="gallery", daemon=True)
         self._thread.start()

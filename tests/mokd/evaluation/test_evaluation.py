@@ -24,8 +24,8 @@ from mokd.evaluation import finetune, frozen, linear_task, results
 from mokd.evaluation.cache import open_features
 from mokd.evaluation.entry import evaluate
 from mokd.evaluation.features import class_tokens, probe_reading
-from mokd.evaluation.job import Request
 from mokd.evaluation.kept_state import KeptState
+from mokd.evaluation.request import Request
 from mokd.evaluation.results import Evaluation
 from mokd.models.backbones import build_backbone
 from mokd.runs.exit_codes import EXIT_DONE

@@ -13,7 +13,7 @@ from data_pipeline.beton.convert import convert
 from data_pipeline.core.errors import UserError
 from mokd.evaluation import frozen
 from mokd.evaluation.entry import evaluate
-from mokd.evaluation.job import Request
+from mokd.evaluation.request import Request
 from mokd.runs.run_directory import RunDirectory
 from tests.support import tiny_config
 

@@ -16,8 +16,8 @@ from data_pipeline.beton.sources import list_images
 from data_pipeline.sampling.order import class_subset
 from mokd.evaluation.cache import open_features
 from mokd.evaluation.entry import evaluate
-from mokd.evaluation.job import Request
 from mokd.evaluation.linear import Standardised
+from mokd.evaluation.request import Request
 from mokd.evaluation.results import Evaluation
 from mokd.runs.files import read_json
 from mokd.runs.run_directory import RunDirectory

@@ -12,7 +12,7 @@ from data_pipeline.beton.convert import ConvertOptions, convert
 from data_pipeline.core.errors import UserError
 from mokd.distributed.local_ranks import train_locally
 from mokd.evaluation.entry import evaluate
-from mokd.evaluation.job import Request
+from mokd.evaluation.request import Request
 from mokd.runs.exit_codes import EXIT_DONE
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
