@@ -21,8 +21,7 @@ from mokd.comparison.pairing import Run, differences, settings
 from mokd.comparison.solo import solo
 from mokd.config import RunConfig
 from mokd.evaluation.entry import evaluate
-from mokd.evaluation.request import Request
-from mokd.evaluation.tasks import TASKS
+from mokd.evaluation.request import TASKS, Request
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.runs.files import read_json
 from mokd.runs.metrics import read_metrics
