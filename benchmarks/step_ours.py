@@ -54,7 +54,11 @@ class OurStep:
     def __init__(self, pair: Pair, clock: Clock | None = None) -> None:
         self.pair = pair
         device, ranks = pair.device, Ranks()
-        self.step = TrainingStep(pair.config, pair.branches, pair.objective, StopRequest(), ranks, device, EPOCH_STEPS)
+        config = pair.config
+        if clock is not None:  # it waits at every border, which a recording may not
+            execution = config.execution.model_copy(update={"cuda_graphs": False})
+            config = config.model_copy(update={"execution": execution})
+        self.step = TrainingStep(config, pair.branches, pair.objective, StopRequest(), ranks, device, EPOCH_STEPS)
         clock = clock or Clock(device, silent=True)
         for branch in pair.branches:
             teacher, optimizer = branch.teacher, branch.optimizer

@@ -116,4 +116,5 @@ def single_branch(objective: Any, config: RunConfig, branch: BranchConfig, image
 def losses_of(objective: Any, branches: Sequence[Any], views: Sequence[Any], epoch: int) -> list[Any]:
     """The loss of every branch on one batch of views."""
     taught = objective.teach(branches, views, epoch)
+    objective.remember(taught)
     return [objective.loss(branch, branches, taught, views, epoch) for branch in branches]

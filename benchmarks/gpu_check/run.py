@@ -34,13 +34,14 @@ SECONDS = {
     "kernels": 25,
     "step": 45,
     "photometrics": 25,
+    "graphs": 60,
     "speed": 45,
     "memory": 35,
-    "batch": 70,
-    "trace": 35,
+    "batch": 50,
+    "trace": 25,
     "loader": 50,
     "parallel": 70,
-    "switches": 100,
+    "switches": 70,
     "compile": 100,
 }
 Measure = Callable[[Setting], Iterator[tuple[str, Any]]]

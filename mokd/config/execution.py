@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data_pipeline.core.schema import (
     NonNegativeFloat,
@@ -14,6 +14,9 @@ from data_pipeline.core.schema import (
     Probability,
     StrictModel,
 )
+
+if TYPE_CHECKING:
+    from mokd.config.run import RunConfig
 
 
 class OptimConfig(StrictModel):
@@ -76,9 +79,10 @@ class ExecutionConfig(StrictModel):
     """How the step is computed: what changes its speed and memory, not its mathematics."""
 
     compile: Annotated[bool, Field(description="torch.compile of every network; the first steps take minutes")] = False
-    cuda_graphs: Annotated[bool, Field(description="with compile, on GPUs: networks are replayed as CUDA graphs")] = (
-        False
-    )
+    cuda_graphs: Annotated[
+        bool | None,
+        Field(description="GPUs: record the networks' passes and replay them; default: where one GPU trains alone"),
+    ] = None
     overlap_teachers: Annotated[
         bool, Field(description="GPUs: the teachers run beside the first student, on a stream of their own")
     ] = False
@@ -86,14 +90,22 @@ class ExecutionConfig(StrictModel):
         bool | None, Field(description="compute logits twice instead of keeping them; default: on GPUs")
     ] = None
 
-    @model_validator(mode="after")
-    def _workable(self) -> ExecutionConfig:
-        if self.cuda_graphs and not self.compile:
-            raise ValueError("cuda_graphs: are made of compiled networks; set execution.compile to true")
-        if self.cuda_graphs and self.overlap_teachers:
-            # replayed graphs share one pool of memory and are made to run one after the other
-            raise ValueError("cuda_graphs: cannot run beside each other; turn cuda_graphs or overlap_teachers off")
-        return self
+    def not_recorded(self, run: RunConfig) -> list[str]:
+        """What keeps the step of a run from being recorded as CUDA graphs."""
+        found = {
+            "execution.overlap_teachers": self.overlap_teachers,  # graphs share memory, and so run one after another
+            "objective other than dino": run.objective.kind != "dino",
+            "parallel.strategy: fsdp": run.parallel.strategy == "fsdp",
+            "precision.compute: fp16": run.precision.compute == "fp16",  # its scale is a number that changes
+            "optim.accumulate": run.optim.accumulate > 1,
+            "activation_checkpointing": any(branch.activation_checkpointing for branch in run.branches),
+        }
+        return [name for name, given in found.items() if given]
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError when CUDA graphs are asked for of a step that cannot be recorded."""
+        if self.cuda_graphs and (found := self.not_recorded(run)):
+            raise ValueError(f"execution.cuda_graphs: a step with {', '.join(found)} cannot be recorded; turn one off")
 
 
 class CheckpointConfig(StrictModel):

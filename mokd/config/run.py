@@ -63,6 +63,7 @@ class RunConfig(StrictModel):
             raise ValueError("views.global_crops.count: the method needs at least 2 global views")
         check_channels(self.data, self.views)
         self.objective.check_run(self)
+        self.execution.check_run(self)
         return self
 
     @property

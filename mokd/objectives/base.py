@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeVar, assert_never
 
 import torch
@@ -28,8 +28,16 @@ class Objective(Protocol[Taught]):
     def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Taught:
         """What all teachers say of one batch of groups of views, the global group first.
 
-        Called once for each micro-batch of a step; centres and banks stay as they are until `commit`.
+        Called once for each micro-batch of a step; nothing of the objective changes.
         """
+        ...
+
+    def remember(self, taught: Taught) -> None:
+        """Keeps what centres and banks will take up of a micro-batch in `commit`."""
+        ...
+
+    def constants(self, branches: Sequence[TeachingBranch], epoch: int) -> Hashable:
+        """The numbers, beside the configuration's, that `teach` and `loss` compute with in an epoch."""
         ...
 
     def loss(

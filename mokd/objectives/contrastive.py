@@ -5,7 +5,7 @@ Shape letters: V views (2), B images per rank, G images over all ranks, N tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,8 +66,15 @@ class ContrastiveObjective:
         (crops,) = views
         # training mode: BatchNorm uses the statistics of this batch, of all ranks where there are several
         teachers: list[ContrastiveOutput] = [branch.teacher(crops, dense=self.crosses) for branch in branches]
-        self._keys.append(torch.stack([teacher.projected for teacher in teachers]))
         return [Seen(teacher.projected, teacher.dense) for teacher in teachers]
+
+    def remember(self, taught: list[Seen]) -> None:
+        """The keys."""
+        self._keys.append(torch.stack([seen.projected for seen in taught]))
+
+    def constants(self, branches: Sequence[TeachingBranch], epoch: int) -> Hashable:
+        """None."""
+        return ()
 
     def loss(
         self, branch: Branch, branches: Sequence[TeachingBranch], seen: list[Seen], views: Sequence[Tensor], epoch: int

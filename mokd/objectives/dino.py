@@ -5,7 +5,7 @@ Shape letters: V student views, Q teacher (global) views, L local views, B image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,18 @@ class DinoObjective:
         """What all teachers say of the global views, the first group."""
         with self._beside.begin():
             return self._teachers(branches, views, epoch)
+
+    def remember(self, taught: Teachers) -> None:
+        """The means of the teachers' outputs, for the centres."""
+        self._seen.append(taught.means)
+        if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
+            with self._beside.begin():
+                self._arriving.append(dist.all_reduce(taught.means, async_op=True))
+
+    def constants(self, branches: Sequence[TeachingBranch], epoch: int) -> Hashable:
+        """Whether prototypes learn, and the temperatures."""
+        warmups = [self.config.cross_temp_warmup_epochs, *[b.config.teacher_temp_warmup_epochs for b in branches]]
+        return epoch >= self.frozen_epochs, *[self._temperature(epoch, warmup) for warmup in warmups]
 
     def loss(
         self,
@@ -128,11 +140,7 @@ class DinoObjective:
             for branch in branches
         ]
         outputs = [branch.teacher(views[:1]) for branch in branches]
-        teachers = Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
-        self._seen.append(teachers.means)
-        if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
-            self._arriving.append(dist.all_reduce(teachers.means, async_op=True))
-        return teachers
+        return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
 
     def _search(
         self, j: int, other: TeachingBranch, teacher: NetworkOutput, queries: Tensor, temperature: float

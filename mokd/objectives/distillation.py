@@ -7,7 +7,7 @@ Shape letters: V views, B images per rank, D width of a frozen branch's features
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,9 +60,15 @@ class DistillationObjective:
         """The targets that the frozen branches give for the one group of views; the other teachers are not run."""
         (crops,) = views
         prepare = unit_vectors if isinstance(self.config, SeedConfig) else standardised
-        taught = {b.name: prepare(b.teacher(crops).pooled) for b in branches if b.config.frozen}
+        return {b.name: prepare(b.teacher(crops).pooled) for b in branches if b.config.frozen}
+
+    def remember(self, taught: Targets) -> None:
+        """The targets, for the queues."""
         self._seen.append(taught)
-        return taught
+
+    def constants(self, branches: Sequence[TeachingBranch], epoch: int) -> Hashable:
+        """None."""
+        return ()
 
     def loss(
         self, branch: Branch, branches: Sequence[TeachingBranch], taught: Targets, views: Sequence[Tensor], epoch: int

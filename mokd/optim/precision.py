@@ -36,6 +36,7 @@ def set_arithmetic(config: PrecisionConfig) -> None:
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
+    torch.backends.cudnn.benchmark = not config.deterministic  # shapes are few: the fastest algorithm for each
     if config.deterministic:
         # read when cuBLAS is first used in this process; fresh memory need not be filled for the sake of it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

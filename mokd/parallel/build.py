@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mokd.config import BranchConfig, RunConfig
 from mokd.objectives.base import Objective, build_pair
@@ -15,6 +16,18 @@ from mokd.parallel.activation_checkpointing import recompute_blocks
 from mokd.parallel.compile import compile_networks
 from mokd.parallel.parallelize import parallelize, parallelize_frozen
 from mokd.runs.seeds import derive_seed
+
+
+def is_recorded(config: RunConfig, device: torch.device) -> bool:
+    """Whether the networks' passes are replayed as CUDA graphs: where that is said, or where one GPU trains alone.
+
+    Not by itself with several ranks: their collectives in graphs have not run on any GPUs yet.
+    """
+    if device.type != "cuda":
+        return False
+    if config.execution.cuda_graphs is not None:
+        return config.execution.cuda_graphs
+    return not dist.is_initialized() and not config.execution.not_recorded(config)
 
 
 def build_branch(
@@ -35,17 +48,17 @@ def build_branch(
     if branch.frozen:
         teacher = freeze(objective.build_network(branch, images_per_rank, student=False))
         if config.execution.compile:
-            compile_networks([teacher], cuda_graphs=config.execution.cuda_graphs, by_block=by_block)
+            compile_networks([teacher], by_block=by_block)
         return TeachingBranch(branch, teacher, parallelize_frozen(teacher, config.parallel, config.precision, device))
     pair = build_pair(objective, branch, images_per_rank)
     # innermost, so that everything below acts on the blocks from outside
     if branch.activation_checkpointing:
         recompute_blocks(pair.student.backbone, f"branches.{branch.name}")
     if config.execution.compile:
-        networks = [pair.student, pair.teacher]
-        compile_networks(networks, cuda_graphs=config.execution.cuda_graphs, by_block=by_block)
+        compile_networks([pair.student, pair.teacher], by_block=by_block)
     accumulate = config.optim.accumulate > 1
-    calls = parallelize(pair, config.parallel, config.precision, device, accumulate=accumulate)
+    options = {"accumulate": accumulate, "recorded": is_recorded(config, device)}
+    calls = parallelize(pair, config.parallel, config.precision, device, **options)
     # after parallelism, which moves parameters to the device and may cut them into pieces
     optimizer = BranchOptimizer(pair.student, branch, config.optim, config.lr_scale, epoch_steps)
     return Branch(branch, pair, calls, optimizer, LossScale() if config.precision.compute == "fp16" else None)

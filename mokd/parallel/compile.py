@@ -15,13 +15,10 @@ from mokd.models.trainable import TrainableNetwork
 _VARIANTS = 256
 
 
-def compile_networks(
-    networks: Sequence[TrainableNetwork], *, cuda_graphs: bool = False, by_block: bool = False
-) -> None:
+def compile_networks(networks: Sequence[TrainableNetwork], *, by_block: bool = False) -> None:
     """Compiles backbones and heads of networks, in place, for the shapes they meet.
 
     by_block: the units of sharding one by one; hooks of FSDP lie between them, which a whole network's graph breaks at.
-    cuda_graphs: each is recorded and replayed as a whole; every step then begins with `begin_step`.
 
     Names of parameters stay as they are. What was compiled is kept in the user's cache directory, so a restart finds
     it there. Stochastic depth draws the numbers that it draws in eager mode.
@@ -32,10 +29,4 @@ def compile_networks(
     torch._dynamo.config.recompile_limit = _VARIANTS
     for network in networks:
         for part in network.units().half if by_block else network.children():
-            part.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
-
-
-def begin_step(*, cuda_graphs: bool) -> None:
-    """Outputs of the step before are not needed any more: replayed graphs may overwrite them."""
-    if cuda_graphs:
-        torch.compiler.cudagraph_mark_step_begin()
+            part.compile(dynamic=False)

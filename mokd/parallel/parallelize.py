@@ -38,8 +38,12 @@ def parallelize(
     device: torch.device,
     *,
     accumulate: bool = False,
+    recorded: bool = False,
 ) -> ParallelCalls:
-    """Prepares networks, in place, for this rank: memory order, device, SyncBN, averaging of gradients."""
+    """Prepares networks, in place, for this rank: memory order, device, SyncBN, averaging of gradients.
+
+    recorded: the passes are replayed as CUDA graphs, so gradients are averaged after them.
+    """
     if precision.channels_last:
         for network in (pair.student, pair.teacher):
             _use_channels_last(network, weights_too=config.strategy == "ddp")
@@ -53,7 +57,7 @@ def parallelize(
     synchronize_batchnorm(pair.teacher, device)
     if config.strategy == "fsdp":
         return _shard(pair, config, precision, device)
-    return _replicate(pair, device, accumulate, precision.deterministic)
+    return _replicate(pair, device, accumulate, precision.deterministic, recorded)
 
 
 def parallelize_frozen(
@@ -83,11 +87,16 @@ def _use_channels_last(network: TrainableNetwork, *, weights_too: bool) -> None:
         backbone.to(memory_format=torch.channels_last)
 
 
-def _replicate(pair: NetworkPair, device: torch.device, accumulate: bool, deterministic: bool) -> ParallelCalls:
-    """DDP: everything on every rank, gradients averaged in buckets during the backward pass."""
+def _replicate(
+    pair: NetworkPair, device: torch.device, accumulate: bool, deterministic: bool, recorded: bool
+) -> ParallelCalls:
+    """DDP: everything on every rank, gradients averaged in buckets during the backward pass; `recorded`, after it."""
     # the device, before anything takes references to parameters
     pair.student.to(device)
     pair.teacher.to(device)
+    if recorded:  # DDP's hooks would decide while the step is recorded what is done in every replay
+        average = partial(average_gradients, list(pair.student.parameters()))
+        return ParallelCalls(pair.student, lambda: pair.teacher.backbone, finish_gradients=average)
     on_gpu = device.type == "cuda"
     options = ddp_options(on_gpu=on_gpu, accumulate=accumulate, deterministic=deterministic)
     student = DistributedDataParallel(pair.student, device_ids=[device] if on_gpu else None, **options)
@@ -205,7 +214,7 @@ def _without_averaging(student: nn.Module) -> Generator[None]:
 
 @torch.no_grad()
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """The mean over all ranks of the gradients of parameters that are not sharded, in one collective."""
+    """The mean over all ranks of the gradients that whole parameters have, in one collective."""
     gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return

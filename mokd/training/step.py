@@ -20,10 +20,11 @@ from mokd.monitoring.updates import UpdateMeter
 from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch, learning, mean_loss
 from mokd.optim.loss_scale import any_overflow
-from mokd.optim.precision import autocast
 from mokd.optim.schedules import cosine
-from mokd.parallel.compile import begin_step
+from mokd.parallel.build import is_recorded
 from mokd.runs.seeds import derive_seed
+from mokd.training.graph_passes import GraphPasses
+from mokd.training.passes import Passes
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +83,14 @@ class TrainingStep:
         self.learning = learning(branches)
         self.stop, self.ranks, self.device = stop, ranks, device
         self.epoch_steps = epoch_steps
+        kind = GraphPasses if is_recorded(config, device) else Passes
+        self._passes = kind(config, branches, objective, device)
 
     def run(self, step: int, groups: Sequence[Tensor], epoch: int, *, measure: bool = False) -> StepResult:
         """Step number `step`, from 0, on this rank's groups of views `[V_g, B, 3, S_g, S_g]`.
 
         measure: look at gradients and updates too, which changes none of them; the same on all ranks.
         """
-        begin_step(cuda_graphs=self.config.execution.cuda_graphs)
         losses, agreement = self._gradients(step, groups, epoch)
         stopping = self._heed(step, agreement)
         began = time.perf_counter()
@@ -110,12 +112,11 @@ class TrainingStep:
                         stack.enter_context(branch.accumulating())
                 views = [group.chunk(parts, dim=1)[index] for group in groups]
                 losses: list[BranchLoss] = []
-                with autocast(self.config.precision, self.device):
-                    taught = self.objective.teach(self.branches, views, epoch)
+                taught = self._passes.teach(views, epoch)
+                self.objective.remember(taught)
                 for branch in self.learning:
                     seed_branch(self.config.seed, step, branch.name)
-                    with autocast(self.config.precision, self.device):
-                        losses.append(self.objective.loss(branch, self.branches, taught, views, epoch))
+                    losses.append(self._passes.loss(branch, taught, views, epoch))
                     if len(losses) == len(self.learning):
                         so_far = mean_loss(so_far, losses, parts)
                         if last:
@@ -123,7 +124,7 @@ class TrainingStep:
                             agreement = self._ask(so_far)
                     scale = branch.loss_scale.scale if branch.loss_scale else 1.0
                     # at once: the activations of one branch are gone before those of the next exist
-                    (losses[-1].total * (scale / parts)).backward()
+                    self._passes.backward(branch, losses[-1], scale / parts)
         assert so_far is not None
         return so_far, agreement
 

@@ -35,6 +35,7 @@ def whole_step(step: FakeStep, config: RunConfig) -> tuple[Counts, list[BranchLo
     with seen["forward"]:
         with autocast(config.precision, CUDA):
             taught = step.objective.teach(step.branches, step.views, EPOCH)
+        step.objective.remember(taught)
         note("forward", "teachers")
         for branch in step.branches:
             with autocast(config.precision, CUDA):

@@ -71,7 +71,6 @@ def test_the_papers_recipe() -> None:
         ("nme=x", "nme: unknown key; did you mean 'name'?"),
         ("name=a/b", 'name: given "a/b", letters, digits'),
         ("optim", "write it as key.path=value"),
-        ("execution.cuda_graphs=true", "set execution.compile to true"),
         ("optim.epochs.x=1", "holds a single value"),
         ("objective.prototypes=1", "prototypes: at least 2"),
         ("objective.t_head.heads=7", "does not divide by heads 7"),
@@ -140,6 +139,18 @@ def test_contrastive_refuses_what_only_the_other_objective_reads(key: str, value
         schema.validate(RunConfig, raw, "tiny")
 
 
-def test_cuda_graphs_do_not_run_beside_each_other() -> None:
-    with pytest.raises(UserError, match="cannot run beside each other"):
-        tiny_config(execution={"compile": True, "cuda_graphs": True, "overlap_teachers": True})
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("execution.overlap_teachers", True),
+        ("parallel.strategy", "fsdp"),
+        ("precision.compute", "fp16"),
+        ("optim.accumulate", 2),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_is_refused_where_cuda_graphs_are_asked_for(key: str, value: object) -> None:
+    changes = {"execution__cuda_graphs": True, key.replace(".", "__"): value}
+    with pytest.raises(UserError, match=rf"execution.cuda_graphs: a step with {key}.* cannot be recorded"):
+        tiny_config(**changes)
+    del changes["execution__cuda_graphs"]
+    tiny_config(**changes)

@@ -152,7 +152,7 @@ def test_its_heads_are_drawn_by_seed_and_name_and_its_center_follows_them() -> N
     assert all(torch.equal(own[key], same[key]) for key in own)
     views = views_of(config)
     said = branches[1].teacher(views[:1])
-    objective.teach(branches, views, 0)
+    objective.remember(objective.teach(branches, views, 0))
     objective.commit()
     for head, output in enumerate((said.mlp, said.t_head)):
         mean = output.logits().mean(dim=(0, 1))
