@@ -35,7 +35,9 @@ Step = Callable[[Sequence[Tensor], int], list[dict[str, Any]]]
 
 PACKAGES = ("torch", "triton", "timm", "numpy")
 SOURCES = ("mokd", "benchmarks")
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of a loss term
+# relative: in fp32 of every term, in half precision of the branch's total; a term near zero is then mostly the rounding
+# of logits, over a small temperature (0.126 in fp32, 0.117 with our products, 0.099 with the plain step's bf16 logits)
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     contenders: dict[str, Step] = {"ours": OurStep(pairs["ours"]), "plain": PlainStep(pairs["plain"])}
     views = pairs["ours"].views
     say("checking that both compute the same losses")
-    step = same_losses(contenders, views, TOLERANCE[config.precision.compute])
+    step = same_losses(contenders, views, config.precision.compute)
     seconds = alternate(contenders, views, step, effort, device, say)
     with FlopCounterMode(display=False) as counter:
         contenders["plain"](views, step)  # which computes nothing twice that would count
@@ -97,14 +99,18 @@ def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     }
 
 
-def same_losses(contenders: dict[str, Step], views: Sequence[Tensor], tolerance: float) -> int:
-    """Two steps of both; raises DataError unless every term agrees in both. Returns the number of the next step."""
+def same_losses(contenders: dict[str, Step], views: Sequence[Tensor], compute: str) -> int:
+    """Two steps of both; raises DataError unless every term agrees in both. Returns the number of the next step.
+
+    compute: `precision.compute` of the contenders.
+    """
     for step in (FIRST_STEP, FIRST_STEP + 1):
         found = {name: contender(views, step) for name, contender in contenders.items()}
         for i, (ours, plain) in enumerate(zip(found["ours"], found["plain"], strict=True)):
             for term in plain:
                 a, b = float(ours[term]), float(plain[term])
-                if not abs(a - b) <= tolerance * abs(b):
+                size = abs(b if compute == "fp32" else float(plain["total"]))
+                if not abs(a - b) <= TOLERANCE[compute] * size:
                     raise DataError(
                         f"benchmark: branch {i + 1}, {term}: {a:.6f} and {b:.6f} in step {step - FIRST_STEP + 1}: "
                         "the contenders do not compute the same"

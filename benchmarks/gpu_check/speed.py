@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu_check.setting import Setting, unless_full
-from benchmarks.step import TOLERANCE, Step, alternate, same_losses
+from benchmarks.step import Step, alternate, same_losses
 from benchmarks.step_ours import OurStep, Pair
 from benchmarks.step_plain import PlainStep
 
@@ -25,7 +25,7 @@ def against_plain(setting: Setting, images: int) -> dict[str, float]:
     pairs = {"ours": Pair(config, setting.device), "plain": Pair(config, setting.device)}
     contenders: dict[str, Step] = {"ours": OurStep(pairs["ours"]), "plain": PlainStep(pairs["plain"])}
     views = pairs["ours"].views
-    step = same_losses(contenders, views, TOLERANCE[config.precision.compute])
+    step = same_losses(contenders, views, config.precision.compute)
     seconds = alternate(contenders, views, step, setting.effort, setting.device, print)
     rates = {name: images / statistics.median(times) for name, times in seconds.items()}
     return {**rates, "ratio": rates["ours"] / rates["plain"]}

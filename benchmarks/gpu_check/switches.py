@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.setting import Setting, give_back, peak_of, unless_full, with_batch
-from benchmarks.step import TOLERANCE, Step, alternate, same_losses
+from benchmarks.step import Step, alternate, same_losses
 from benchmarks.step_ours import FIRST_STEP, OurStep, Pair, synchronise
 from data_pipeline.core import schema
 from data_pipeline.core.errors import DataError
@@ -132,7 +132,7 @@ def _against(setting: Setting, base: RunConfig, config: RunConfig) -> dict[str, 
     contenders: dict[str, Step] = {"plain": plain, "ours": ours}
     views, number, differ = ours.pair.views, FIRST_STEP + 2, None
     try:
-        number = same_losses(contenders, views, TOLERANCE[config.precision.compute])
+        number = same_losses(contenders, views, config.precision.compute)
     except DataError as error:
         differ = str(error)
     seconds = alternate(contenders, views, number, setting.effort, setting.device, print)

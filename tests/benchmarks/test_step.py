@@ -22,7 +22,7 @@ def test_both_contenders_end_in_the_same_networks(branches: list[dict]) -> None:
     config = tiny_config(branches=branches)
     pairs = {"ours": Pair(config, CPU), "plain": Pair(config, CPU)}
     contenders = {"ours": OurStep(pairs["ours"]), "plain": PlainStep(pairs["plain"])}
-    step.same_losses(contenders, pairs["ours"].views, 1e-4)
+    step.same_losses(contenders, pairs["ours"].views, "fp32")
     for ours, plain in zip(pairs["ours"].branches, pairs["plain"].branches, strict=True):
         for network in ("student", "teacher"):
             expected = getattr(plain, network).state_dict()
@@ -34,7 +34,7 @@ def test_contenders_that_differ_are_refused() -> None:
     config = tiny_config()
     pair, other = Pair(config, CPU), Pair(tiny_config(objective__student_temp=0.2), CPU)
     with pytest.raises(DataError, match="do not compute the same"):
-        step.same_losses({"ours": OurStep(pair), "plain": PlainStep(other)}, pair.views, 1e-4)
+        step.same_losses({"ours": OurStep(pair), "plain": PlainStep(other)}, pair.views, "fp32")
 
 
 def test_the_command_reports_what_it_promises(tmp_path) -> None:

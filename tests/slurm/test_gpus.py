@@ -39,7 +39,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def headline(folder: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
     """What `make launch CONFIG=vit_s_resnet50.yaml NODES=4` runs, in a user's working directory."""
-    line = ["make", "-n", "launch", "CONFIG=vit_s_resnet50.yaml", "NODES=4"]
+    line = ["make", "--no-print-directory", "-n", "launch", "CONFIG=vit_s_resnet50.yaml", "NODES=4"]
     recipe = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     program, *arguments = shlex.split(recipe)
     assert program.endswith("/bin/mokd")
