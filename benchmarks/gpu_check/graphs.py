@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu_check.setting import Setting
-from benchmarks.gpu_check.switches import Switch, changed, measure_some
+from benchmarks.gpu_check.switches import Switch, measure_some
 
 BATCHES = (8, 16, 64, 128)
 SWITCH = {"execution.cuda_graphs=true": Switch(("execution.cuda_graphs=true",), gpus_only=True)}
@@ -15,6 +15,5 @@ SWITCH = {"execution.cuda_graphs=true": Switch(("execution.cuda_graphs=true",), 
 
 def measure(setting: Setting) -> Iterator[tuple[str, Any]]:
     """As `switches`, at more batches: launches weigh more the fewer images there are."""
-    plain = changed(setting.config, Switch(("execution.cuda_graphs=false",)))
     batches = BATCHES if setting.on_gpu else setting.batches
-    yield from measure_some(replace(setting, config=plain, batches=batches), SWITCH)
+    yield from measure_some(replace(setting, batches=batches), SWITCH)

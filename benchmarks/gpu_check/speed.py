@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu_check.setting import Setting, unless_full
+from benchmarks.gpu_check.switches import Switch, changed
 from benchmarks.step import Step, alternate, same_losses
 from benchmarks.step_ours import OurStep, Pair
 from benchmarks.step_plain import PlainStep
@@ -20,12 +21,16 @@ def measure(setting: Setting) -> Iterator[tuple[str, Any]]:
 
 
 def against_plain(setting: Setting, images: int) -> dict[str, float]:
-    """Images per second of both contenders, and their ratio."""
+    """Images per second of both contenders, on GPUs also of ours as CUDA graphs, and ratios to the plain one."""
     config = setting.sized(images)
-    pairs = {"ours": Pair(config, setting.device), "plain": Pair(config, setting.device)}
-    contenders: dict[str, Step] = {"ours": OurStep(pairs["ours"]), "plain": PlainStep(pairs["plain"])}
-    views = pairs["ours"].views
+    ours = Pair(config, setting.device)
+    contenders: dict[str, Step] = {"ours": OurStep(ours), "plain": PlainStep(Pair(config, setting.device))}
+    views = ours.views
     step = same_losses(contenders, views, config.precision.compute)
+    if setting.on_gpu:
+        recorded = changed(config, Switch(("execution.cuda_graphs=true",)))
+        contenders["replayed"] = OurStep(Pair(recorded, setting.device))
     seconds = alternate(contenders, views, step, setting.effort, setting.device, print)
     rates = {name: images / statistics.median(times) for name, times in seconds.items()}
-    return {**rates, "ratio": rates["ours"] / rates["plain"]}
+    ratios = {f"{name}_to_plain": rate / rates["plain"] for name, rate in rates.items() if name != "plain"}
+    return {**rates, **ratios}

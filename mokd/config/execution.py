@@ -80,9 +80,8 @@ class ExecutionConfig(StrictModel):
 
     compile: Annotated[bool, Field(description="torch.compile of every network; the first steps take minutes")] = False
     cuda_graphs: Annotated[
-        bool | None,
-        Field(description="GPUs: record the networks' passes and replay them; default: where one GPU trains alone"),
-    ] = None
+        bool, Field(description="GPUs: record the networks' passes once and replay them; fast with few images a GPU")
+    ] = False
     overlap_teachers: Annotated[
         bool, Field(description="GPUs: the teachers run beside the first student, on a stream of their own")
     ] = False
@@ -90,9 +89,9 @@ class ExecutionConfig(StrictModel):
         bool | None, Field(description="compute logits twice instead of keeping them; default: on GPUs")
     ] = None
 
-    def not_recorded(self, run: RunConfig) -> list[str]:
-        """What keeps the step of a run from being recorded as CUDA graphs."""
-        found = {
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError when CUDA graphs are asked for of a step that cannot be recorded."""
+        refused = {
             "execution.overlap_teachers": self.overlap_teachers,  # graphs share memory, and so run one after another
             "objective other than dino": run.objective.kind != "dino",
             "parallel.strategy: fsdp": run.parallel.strategy == "fsdp",
@@ -100,11 +99,7 @@ class ExecutionConfig(StrictModel):
             "optim.accumulate": run.optim.accumulate > 1,
             "activation_checkpointing": any(branch.activation_checkpointing for branch in run.branches),
         }
-        return [name for name, given in found.items() if given]
-
-    def check_run(self, run: RunConfig) -> None:
-        """ValueError when CUDA graphs are asked for of a step that cannot be recorded."""
-        if self.cuda_graphs and (found := self.not_recorded(run)):
+        if self.cuda_graphs and (found := [name for name, given in refused.items() if given]):
             raise ValueError(f"execution.cuda_graphs: a step with {', '.join(found)} cannot be recorded; turn one off")
 
 

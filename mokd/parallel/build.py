@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mokd.config import BranchConfig, RunConfig
 from mokd.objectives.base import Objective, build_pair
@@ -19,15 +18,8 @@ from mokd.runs.seeds import derive_seed
 
 
 def is_recorded(config: RunConfig, device: torch.device) -> bool:
-    """Whether the networks' passes are replayed as CUDA graphs: where that is said, or where one GPU trains alone.
-
-    Not by itself with several ranks: their collectives in graphs have not run on any GPUs yet.
-    """
-    if device.type != "cuda":
-        return False
-    if config.execution.cuda_graphs is not None:
-        return config.execution.cuda_graphs
-    return not dist.is_initialized() and not config.execution.not_recorded(config)
+    """Whether the networks' passes are replayed as CUDA graphs."""
+    return config.execution.cuda_graphs and device.type == "cuda"
 
 
 def build_branch(

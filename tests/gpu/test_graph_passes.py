@@ -92,13 +92,8 @@ def test_replays_give_the_same_bits_as_the_passes_themselves() -> None:
     assert sum(different) == 0
 
 
-def test_graphs_are_the_default_where_one_gpu_trains_alone() -> None:
-    assert type(Trained(tiny_config(**CHANGES)).step._passes) is GraphPasses
-    assert type(Trained(tiny_config(precision__compute="fp16")).step._passes) is Passes
-
-
 def test_no_wait_for_the_gpu_in_a_replay() -> None:
-    run = Trained(tiny_config(**CHANGES))
+    run = Trained(tiny_config(execution__cuda_graphs=True, **CHANGES))
     run.run(EPOCH_STEPS, EPOCH_STEPS + STEPS_AHEAD + 1)
     views = run.views(0)
     torch.cuda.set_sync_debug_mode("error")
@@ -109,7 +104,7 @@ def test_no_wait_for_the_gpu_in_a_replay() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_a_replayed_step() -> None:
-    run = Trained(tiny_config(**CHANGES))
+    run = Trained(tiny_config(execution__cuda_graphs=True, **CHANGES))
     run.run(0, STEPS_AHEAD + 1)
     before = run.state()
     views = [view.fill_(torch.nan) for view in run.views(0)]

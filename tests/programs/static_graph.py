@@ -1,6 +1,7 @@
-"""DDP with the flags that GPUs get, over gloo: a layer frozen in the first steps takes part afterwards.
+"""A layer frozen in the first steps takes part afterwards, over gloo: under DDP with the flags that GPUs get, or with
+gradients averaged after the passes, as where these are CUDA graphs.
 
-usage: python -m tests.programs.static_graph OUTPUT.safetensors    (in every rank)
+usage: python -m tests.programs.static_graph ddp|after OUTPUT.safetensors    (in every rank)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mokd.distributed.process_group import barrier, join, leave, ranks_from_envi
 from mokd.losses.kernels.targets import Target
 from mokd.losses.prototype_loss import prototype_loss
 from mokd.losses.prototypes import HeadOutput, Prototypes
-from mokd.parallel.parallelize import ddp_options
+from mokd.parallel.parallelize import average_gradients, ddp_options
 from mokd.training.entry import leave_at_once
 
 FROZEN_STEPS, STEPS, BATCH = 2, 5, 8
@@ -31,14 +32,16 @@ class Net(nn.Module):
         return HeadOutput(self.body(x).tanh().unsqueeze(0), self.last())
 
 
-def main(output: str) -> None:
+def main(way: str, output: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     ranks = ranks_from_environment()
     join(ranks, torch.device("cpu"), 60)
     net = Net()
-    call = DistributedDataParallel(net, **ddp_options(on_gpu=True, accumulate=False)) if ranks.world_size > 1 else net
+    several, after = ranks.world_size > 1, way == "after"
+    under_ddp = several and not after
+    call = DistributedDataParallel(net, **ddp_options(on_gpu=True, accumulate=False)) if under_ddp else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
     own = BATCH // ranks.world_size
     for step in range(STEPS):
@@ -49,6 +52,8 @@ def main(output: str) -> None:
         frozen = step < FROZEN_STEPS
         loss, _ = prototype_loss(call(x), targets, 0.1, train_prototypes=not frozen)
         loss.backward()
+        if several and after:
+            average_gradients(list(net.parameters()))
         if frozen:  # as the optimizer's `take_gradients` does
             net.last.direction.grad = net.last.gain.grad = None
         optimizer.step()
@@ -60,5 +65,5 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     leave_at_once(0)
