@@ -9,10 +9,12 @@ from html import escape
 from typing import Any
 
 from launcher.report.chart import Points, line_chart
+from launcher.report.gains import gains, opened
 from launcher.report.html import page, table
 from launcher.report.summary import COLUMNS, summary
 from launcher.report.timeline import timeline
 from launcher.runs.goodput import goodput
+from launcher.slurm.status import find_runs
 from mokd.config import BranchConfig
 from mokd.runs import first_weights
 from mokd.runs.files import read_json
@@ -47,12 +49,15 @@ def build_report(runs: Sequence[RunDirectory]) -> str:
     names = [run.path.name for run in runs]
     title = f"Run {names[0]}" if len(runs) == 1 else "Runs " + ", ".join(names)
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    lines = [summary(run).cells() for run in runs]
+    folders = {run.path.absolute().parent for run in runs}
+    known = opened(dict.fromkeys(run.path for one in [runs, *map(find_runs, folders)] for run in one))
+    lines = [summary(run, known).cells() for run in runs]
     links = [f"#run-{i}" for i in range(len(runs))]
     body = f'<header><h1>{escape(title)}</h1><p class="quiet">As of {now}.</p></header><main>'
     body += table("State of the runs" if len(runs) > 1 else "State of the run", COLUMNS, lines, links)
     if len(runs) > 1:
         body += _side_by_side(runs)
+    body += gains([one for one in known if one.path in {run.path for run in runs}], known)
     return page(title, body + "".join(_run(i, run) for i, run in enumerate(runs)) + "</main>")
 
 

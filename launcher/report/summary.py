@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launcher.report.gains import knn_gain, opened
 from launcher.report.html import page, table
 from launcher.runs.goodput import goodput
 from launcher.runs.records import Records, checkpoint_step
 from launcher.slurm.status import find_runs, read_status
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from mokd.comparison.pairing import Run
 
 SORT_KEYS = ("activity", "name", "state", "step", "knn", "goodput")
 
@@ -28,6 +33,7 @@ class RunSummary:
     total_steps: int | None
     restarts: int
     best_knn: dict[str, float]  # by branch
+    gain: dict[str, float]  # by branch: k-NN top-1 of `mokd eval` in points over the branch alone, where that is known
     goodput: float | None  # useful over allocated time; None before the first attempt
 
     def to_json(self) -> dict[str, Any]:
@@ -38,15 +44,17 @@ class RunSummary:
         """For people; as COLUMNS."""
         step = f"{self.step}/{self.total_steps}" if self.total_steps else str(self.step)
         knn = ", ".join(f"{branch} {value:.2f}" for branch, value in self.best_knn.items()) or "-"
+        gain = ", ".join(f"{branch} {value:+.2f}" for branch, value in self.gain.items()) or "-"
         share = "-" if self.goodput is None else f"{100 * self.goodput:.0f}%"
-        return [Path(self.run).name, self.state, step, knn, share, str(self.restarts)]
+        return [Path(self.run).name, self.state, step, knn, gain, share, str(self.restarts)]
 
 
-COLUMNS = ["run", "state", "step", "best k-NN %", "goodput", "restarts"]
+COLUMNS = ["run", "state", "step", "best k-NN %", "gain", "goodput", "restarts"]
 
 
-def summary(run: RunDirectory) -> RunSummary:
-    """The facts of one run now."""
+def summary(run: RunDirectory, known: Sequence[Run] = ()) -> RunSummary:
+    """The facts of one run now; its baselines are looked for among `known` runs."""
+    pair = next((one for one in known if one.path == run.path), None)
     account, mark, endings = goodput(run), run.read_status(), Records(run).endings()
     best: dict[str, float] = {}
     for record in read_metrics(run.metrics_file):
@@ -60,13 +68,16 @@ def summary(run: RunDirectory) -> RunSummary:
         total_steps=mark.get("total_steps"),
         restarts=sum(ending.verdict == "requeued" for ending in endings),
         best_knn=best,
+        gain=knn_gain(pair, known) if pair else {},
         goodput=account.useful_fraction if account.attempts else None,
     )
 
 
 def list_runs(root: Path, state: str | None = None, sort: str = "activity") -> list[RunSummary]:
     """The runs in a folder, those in one `state` if it is given; `knn` and `goodput` sort the best to the top."""
-    found = [summary(run) for run in find_runs(root)]
+    runs = find_runs(root)
+    known = opened(run.path for run in runs)
+    found = [summary(run, known) for run in runs]
     found = [line for line in found if state in (None, line.state)]
     if sort in ("name", "state"):
         return sorted(found, key=lambda line: (line.state if sort == "state" else "", line.run))

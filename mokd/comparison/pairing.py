@@ -133,6 +133,19 @@ def group(runs: Sequence[Run], *, force: bool = False) -> tuple[list[Method], li
     return methods, [*remarks, *(f"{run.path}: a baseline of no pair run given; left out" for run in unused)]
 
 
+def baselines(pair: Run, known: Iterable[Run]) -> list[Run]:
+    """Of every branch of a pair the run alone with the same seed and all else equal; empty unless all are known."""
+    alone = [run for run in known if len(run.config.branches) == 1 and run.config.seed == pair.config.seed]
+    found = []
+    for branch in pair.branches if len(pair.config.branches) > 1 else []:
+        wanted = settings(pair.config, branch)
+        match = next((run for run in alone if run.branches == [branch] and settings(run.config) == wanted), None)
+        if match is None:
+            return []
+        found.append(match)
+    return found
+
+
 def _by_settings(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that differ by their seed only, together; UserError when two do not even differ by that."""
     sides: list[tuple[Settings, list[Run]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.core.errors import UserError
+from launcher.report.build import build_report
+from launcher.report.summary import list_runs
 from mokd.comparison.gain import compare, knn_curve
 from mokd.comparison.pairing import Run
 from mokd.comparison.plots import plot
@@ -215,3 +218,21 @@ def test_runs_that_do_not_belong_together_are_refused(write: Write) -> None:
     assert forced.returncode == 0
     assert "warning:" in forced.stderr
     assert len(json.loads(forced.stdout)["remarks"]) == 1
+
+
+def test_a_report_and_the_table_of_runs_show_the_gain_over_baselines_beside_a_pair(
+    write: Write, tmp_path: Path
+) -> None:
+    pair, *alone = whole(write)
+    write("other", seed=9)  # without baselines
+    (listed,) = [line for line in list_runs(tmp_path) if line.run == str(pair)]
+    assert listed.gain == {"resnet": pytest.approx(5.0), "vit": pytest.approx(0.0)}
+    assert "resnet +5.00, vit +0.00" in listed.cells()
+    assert all(line.gain == {} for line in list_runs(tmp_path) if line.run != str(pair))
+    page = build_report([RunDirectory.open(pair)])
+    assert "Gain over training alone" in page
+    assert "dino: k-NN, top-1 of the teacher in %, 1,000 test images" in page
+    assert re.search(r"resnet</th>.*50\.00.*55\.00.*\+5\.00.*\+3\.\d\d to \+6\.\d\d", page)
+    assert f"no linear of the teacher on record; run: mokd eval {pair} --task linear" in page
+    assert "Gain over" not in build_report([RunDirectory.open(alone[0])])
+    assert "Gain over" not in build_report([RunDirectory.open(tmp_path / "other")])
