@@ -35,6 +35,8 @@ _IRRELEVANT_OF_BRANCH = ("activation_checkpointing",)
 _CROSS = (
     "objective.terms.cross_mlp",
     "objective.terms.cross_search",
+    "objective.ramps.cross_mlp",
+    "objective.ramps.cross_search",
     "objective.cross_temp_warmup_epochs",
     "objective.center_search",
     "objective.cross_weight",
@@ -96,7 +98,7 @@ def settings(config: RunConfig, branch: str | None = None) -> dict[str, Any]:
         for key in _IRRELEVANT_OF_BRANCH:
             del values[key]
         if len(branches) == 1:
-            del values["weight"]
+            del values["weight"], values["weight_ramp"]
     left_out = _IRRELEVANT + (_CROSS if len(branches) == 1 else ())
     flat = {
         key: value

@@ -15,6 +15,7 @@ from data_pipeline.core.schema import (
     Probability,
     StrictModel,
 )
+from mokd.config.ramps import RampConfig, check_ramp
 
 if TYPE_CHECKING:
     from mokd.config.run import RunConfig
@@ -49,6 +50,15 @@ class TermsConfig(StrictModel):
     ] = True
 
 
+class TermRampsConfig(StrictModel):
+    """When each of the four loss terms begins to count; default: at once, as the method has it."""
+
+    self_mlp: RampConfig | None = None
+    self_thead: RampConfig | None = None
+    cross_mlp: RampConfig | None = None
+    cross_search: RampConfig | None = None
+
+
 class ObjectiveConfig(StrictModel):
     """What the sections of all objectives have in common: each knows what it asks of the rest of a run."""
 
@@ -66,6 +76,7 @@ class DinoConfig(ObjectiveConfig):
     prototypes: Annotated[PositiveInt, Field(description="K, of every head")] = 65536
     t_head: THeadConfig = THeadConfig()
     terms: TermsConfig = TermsConfig()
+    ramps: TermRampsConfig = TermRampsConfig()
     student_temp: Annotated[PositiveFloat, Field(description="temperature of the students")] = 0.1
     teacher_temp: Annotated[
         tuple[PositiveFloat, PositiveFloat], Field(description="of the teachers, [first, last] of the warm-up")
@@ -96,6 +107,8 @@ class DinoConfig(ObjectiveConfig):
             raise ValueError("objective.terms: both cross terms are off, but only they learn from a frozen branch")
         if on.cross_search and not alone and not run.views.local_crops.count:
             raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
+        for term, ramp in self.ramps:
+            check_ramp(f"objective.ramps.{term}", ramp, run.optim.epochs)
 
 
 class ProjectionConfig(StrictModel):

@@ -24,6 +24,7 @@ from mokd.config.execution import (
 from mokd.config.logging import LoggingConfig
 from mokd.config.objectives import AnyObjectiveConfig, DinoConfig
 from mokd.config.paths import absolute_path
+from mokd.config.ramps import check_ramp
 from mokd.config.weights import absolute_init
 
 
@@ -61,6 +62,8 @@ class RunConfig(StrictModel):
             raise ValueError("branches: all of them are frozen; nothing would learn")
         if self.views.global_crops.count < 2:
             raise ValueError("views.global_crops.count: the method needs at least 2 global views")
+        for branch in self.branches:
+            check_ramp(f"branches.{branch.name}.weight_ramp", branch.weight_ramp, self.optim.epochs)
         check_channels(self.data, self.views)
         self.objective.check_run(self)
         self.execution.check_run(self)

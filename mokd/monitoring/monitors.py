@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mokd.config import BranchConfig, ContrastiveConfig, RunConfig
+from mokd.config import RunConfig
 from mokd.distributed.host_copy import HostCopy
 from mokd.distributed.process_group import Ranks, all_gather, all_reduce_sum
 from mokd.losses.kernels.targets import entropy
@@ -47,9 +47,9 @@ class Pending:
         scalars: Mapping[str, Tensor],
         ranks: Tensor,
         arrays: Mapping[str, Tensor],
-        cross_weights: Mapping[str, float],
+        weights: Mapping[str, Mapping[str, float]],
     ) -> None:
-        self._keys, self._world, self._cross_weights = list(scalars), ranks.shape[0], cross_weights
+        self._keys, self._world, self._weights = list(scalars), ranks.shape[0], weights
         self._shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         parts = [torch.stack([value.double() for value in scalars.values()]), ranks, *arrays.values()]
         self._numbers = HostCopy(torch.cat([part.double().flatten() for part in parts]))
@@ -64,7 +64,7 @@ class Pending:
         scalars, ranks, *rest = np.split(self._numbers.values().numpy(), np.cumsum(sizes)[:-1])
         arrays = {name: a.reshape(shape) for (name, shape), a in zip(self._shapes.items(), rest, strict=True)}
         values = dict(zip(self._keys, scalars.tolist(), strict=True))
-        values |= {**_of_ranks(ranks.reshape(-1, 2)), **_cross_to_self(values, self._cross_weights)}
+        values |= {**_of_ranks(ranks.reshape(-1, 2)), **_cross_to_self(values, self._weights)}
         grams = {name.removeprefix("gram/"): a for name, a in arrays.items() if name.startswith("gram/")}
         for branch, gram in grams.items():
             values[f"feature_rank/{branch}"] = effective_rank(gram)
@@ -89,12 +89,13 @@ def _of_ranks(ranks: NDArray[np.float64]) -> dict[str, float]:
     return found
 
 
-def _cross_to_self(values: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """What the cross terms of a branch weigh in its loss, over all else in it."""
+def _cross_to_self(values: Mapping[str, float], weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What the cross terms of a branch weigh in its loss, over all else in it. weights: of every term, by branch."""
     found = {}
-    for branch, weight in weights.items():
-        terms = {key: v for key, v in values.items() if key.startswith(f"loss/{branch}/cross")}
-        cross = weight * sum(terms.values())
+    for branch, by_term in weights.items():
+        keys = {term: f"loss/{branch}/{term}" for term in by_term if term.startswith("cross")}
+        terms = {term: values[key] for term, key in keys.items() if key in values}
+        cross = sum(by_term[term] * value for term, value in terms.items())
         rest = values[f"loss/{branch}/total"] - cross
         if terms and rest > 0.0:
             found[f"cross_to_self/{branch}"] = cross / rest
@@ -149,13 +150,8 @@ class Monitors:
                 scalars[f"feature_std/{branch}"] = spread.mean()
                 scalars[f"feature_spread/{branch}"] = spread.mean() * len(spread) ** 0.5
                 arrays |= {f"gram/{branch}": columns @ columns.T, f"feature_std/{branch}": spread}
-        weights = {b.name: self._cross_weight(b) for b in self._config.branches if b.name in names}
+        weights = {name: loss.weights for name, loss in zip(names, losses, strict=True)}
         return Pending(scalars, ranks, arrays, weights)
-
-    def _cross_weight(self, branch: BranchConfig) -> float:
-        """Of the cross terms of a branch in its loss."""
-        objective = self._config.objective
-        return branch.weight * (objective.cross_weight if isinstance(objective, ContrastiveConfig) else 1.0)
 
     def _over_ranks(self, means: Mapping[str, Tensor], own: OfRank) -> tuple[dict[str, Tensor], Tensor]:
         """Means over ranks, and every rank's own numbers `[W, 2]`, in one collective."""

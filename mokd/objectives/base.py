@@ -84,13 +84,20 @@ def build_objective(config: RunConfig, device: torch.device) -> Objective[Any]:
                 config.views,
                 names,
                 device,
+                epochs=config.optim.epochs,
                 frozen_epochs=config.optim.freeze_last_layer_epochs,
                 recompute_logits=config.execution.recompute_logits,
                 overlap_teachers=config.execution.overlap_teachers,
             )
         case ContrastiveConfig():
             return ContrastiveObjective(
-                config.objective, config.views, names, device, config.seed, config.optim.global_batch
+                config.objective,
+                config.views,
+                names,
+                device,
+                config.seed,
+                config.optim.global_batch,
+                config.optim.epochs,
             )
         case SeedConfig() | RegressionConfig():
             return DistillationObjective(config.objective, config.views, config.branches, device, config.seed)

@@ -45,12 +45,13 @@ def normalized_features(pooled: Tensor) -> Tensor:
 class BranchLoss:
     """What an objective says of a branch after a forward pass.
 
-    total: the scalar to differentiate; terms: every loss term by itself, detached; observe: looks at the step, called
-    only where that is logged, after the updates and ahead of the next step.
+    total: the scalar to differentiate, the sum of terms times weights; terms: every loss term by itself, detached;
+    observe: looks at the step, called only where that is logged, after the updates and ahead of the next step.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    weights: dict[str, float]
     observe: Callable[[], Observation]
 
 
@@ -63,7 +64,7 @@ def mean_loss(so_far: list[BranchLoss] | None, losses: list[BranchLoss], parts: 
         if so_far is not None:
             total = so_far[i].total + total
             terms = {name: so_far[i].terms[name] + value for name, value in terms.items()}
-        mean.append(BranchLoss(total, terms, loss.observe))
+        mean.append(BranchLoss(total, terms, loss.weights, loss.observe))
     return mean
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.config import ViewsConfig
 from mokd.config import BranchConfig, ContrastiveConfig
+from mokd.config.ramps import factor
 from mokd.losses.info_nce import CHUNK, info_nce
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.contrastive_network import ContrastiveNetwork, ContrastiveOutput, Seen, build_contrastive_network
@@ -30,8 +31,9 @@ class ContrastiveObjective:
         device: torch.device,
         seed: int,
         global_batch: int,
+        epochs: int,
     ) -> None:
-        self.config = config
+        self.config, self.epochs = config, epochs
         self.keys_per_step = views.count * global_batch
         self.views = views
         self.crosses = len(names) > 1 and config.cross_weight > 0.0
@@ -73,8 +75,8 @@ class ContrastiveObjective:
         self._keys.append(torch.stack([seen.projected for seen in taught]))
 
     def constants(self, branches: Sequence[TeachingBranch], epoch: int) -> Hashable:
-        """None."""
-        return ()
+        """The weights of the cross terms."""
+        return tuple(factor(branch.config.weight_ramp, epoch, self.epochs) for branch in branches)
 
     def loss(
         self, branch: Branch, branches: Sequence[TeachingBranch], seen: list[Seen], views: Sequence[Tensor], epoch: int
@@ -85,10 +87,16 @@ class ContrastiveObjective:
         others = [j for j in range(len(branches)) if j != i and self.crosses]
         student: ContrastiveOutput = branch.forward_student(crops, others=[seen[j] for j in others])
         keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
-        return self._branch_loss(branch, student, seen[i].projected.flip(0), keys)
+        weight = branch.config.weight * factor(branch.config.weight_ramp, epoch, self.epochs)
+        return self._branch_loss(branch, student, seen[i].projected.flip(0), keys, self.config.cross_weight * weight)
 
     def _branch_loss(
-        self, branch: Branch, student: ContrastiveOutput, own_keys: Tensor, cross_keys: dict[str, Tensor]
+        self,
+        branch: Branch,
+        student: ContrastiveOutput,
+        own_keys: Tensor,
+        cross_keys: dict[str, Tensor],
+        cross_weight: float,
     ) -> BranchLoss:
         """The self term, and the mean over the other branches of the cross terms; each a mean over views and images."""
         queries = student.projected.flatten(0, 1)
@@ -100,7 +108,7 @@ class ContrastiveObjective:
             losses = [self._against_bank(queries, k.flatten(0, 1), name)[0].mean() for name, k in cross_keys.items()]
             cross = torch.stack(losses).mean()
             terms["cross"] = cross.detach()
-            total = total + self.config.cross_weight * branch.config.weight * cross
+            total = total + cross_weight * cross
         pooled, similarity = student.pooled[0].detach(), (queries.detach() * positives).sum(dim=-1)
         age = self.banks[branch.name].age(self.keys_per_step)
 
@@ -114,7 +122,7 @@ class ContrastiveObjective:
                 },
             )
 
-        return BranchLoss(total, terms, observe)
+        return BranchLoss(total, terms, {"self": 1.0, "cross": cross_weight}, observe)
 
     def _against_bank(self, queries: Tensor, positives: Tensor, bank: str) -> tuple[Tensor, Tensor]:
         return info_nce(queries, positives, self.banks[bank].keys, self.config.temperature)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.config import ViewsConfig
 from mokd.config import BranchConfig, DinoConfig
+from mokd.config.ramps import factor
 from mokd.distributed.process_group import world_size
 from mokd.distributed.side_stream import SideStream
 from mokd.losses.kernels.targets import Target, entropy
@@ -24,6 +25,7 @@ from mokd.objectives.dino_network import Network, NetworkOutput, build_network
 from mokd.optim.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
+TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
 
 
 class DinoObjective:
@@ -36,6 +38,7 @@ class DinoObjective:
         names: Sequence[str],
         device: torch.device,
         *,
+        epochs: int = 1,
         frozen_epochs: int = 0,
         recompute_logits: bool | None = None,
         overlap_teachers: bool = False,
@@ -43,6 +46,7 @@ class DinoObjective:
         self.config = config
         self.views = views
         self.names = list(names)
+        self.epochs = epochs
         self.frozen_epochs = frozen_epochs  # in which prototypes get no gradients
         self.recompute_logits = recompute_logits
         self._beside = SideStream(device, wanted=overlap_teachers)
@@ -69,9 +73,11 @@ class DinoObjective:
                 self._arriving.append(dist.all_reduce(taught.means, async_op=True))
 
     def constants(self, branches: Sequence[TeachingBranch], epoch: int) -> Hashable:
-        """Whether prototypes learn, and the temperatures."""
+        """Whether prototypes learn, the temperatures, and the weights of the terms."""
         warmups = [self.config.cross_temp_warmup_epochs, *[b.config.teacher_temp_warmup_epochs for b in branches]]
-        return epoch >= self.frozen_epochs, *[self._temperature(epoch, warmup) for warmup in warmups]
+        temperatures = [self._temperature(epoch, warmup) for warmup in warmups]
+        weights = [tuple(self._weights(b.config, epoch).values()) for b in branches]
+        return epoch >= self.frozen_epochs, *temperatures, *weights
 
     def loss(
         self,
@@ -82,26 +88,26 @@ class DinoObjective:
         epoch: int,
     ) -> BranchLoss:
         """The loss of a branch, which learns from its own teacher and from all others."""
-        i, on = branches.index(branch), self.config.terms
+        i, weights = branches.index(branch), self._weights(branch.config, epoch)
         own = self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)
         cross = self._temperature(epoch, self.config.cross_temp_warmup_epochs)
         others = [j for j in range(len(branches)) if j != i]
         student: NetworkOutput = branch.forward_student(list(views))
         self._beside.join()
         with torch.no_grad():
-            mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), float(on.self_mlp))}
-            if others and on.cross_mlp:
+            mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), weights["self_mlp"])}
+            if others and self._on("cross_mlp", epoch):
                 # with several others the mean of their targets is the target of the mean loss
                 probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
-                mlp["cross_mlp"] = Target(probabilities, branch.config.weight)
+                mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"])
         losses = [self._head_loss(student.mlp, mlp, epoch)]
         with torch.no_grad():
-            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), float(on.self_thead))}
-            if others and on.cross_search:
+            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), weights["self_thead"])}
+            if others and self._on("cross_search", epoch):
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
                 found = _mean([self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others])
-                t_head["cross_search"] = Target(found, branch.config.weight, paired=False, first_view=first)
+                t_head["cross_search"] = Target(found, weights["cross_search"], paired=False, first_view=first)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
         pooled, targets = (
@@ -118,7 +124,7 @@ class DinoObjective:
                 centers=dict(zip(HEADS, self.centers[i], strict=True)),
             )
 
-        return BranchLoss(losses[0][0] + losses[1][0], terms, observe)
+        return BranchLoss(losses[0][0] + losses[1][0], terms, weights, observe)
 
     def _head_loss(self, output: HeadOutput, targets: dict[str, Target], epoch: int) -> tuple[Tensor, Tensor]:
         """The weighted sum of a head's terms, and the terms."""
@@ -133,7 +139,7 @@ class DinoObjective:
     @torch.no_grad()
     def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
-        shared = cross if len(branches) > 1 and self.config.terms.cross_mlp else set()
+        shared = cross if len(branches) > 1 and self._on("cross_mlp", epoch) else set()
         # nobody asks a frozen branch for targets of its own
         own = [
             set() if branch.config.frozen else {self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)}
@@ -151,6 +157,19 @@ class DinoObjective:
         if self.config.center_search:
             return teacher_probabilities(found.logits(), self.centers[j, 1], temperature, in_place=True)
         return softmax(found.logits(temperature))
+
+    def _on(self, term: str, epoch: int) -> bool:
+        """Whether a term counts in an epoch, for one branch or another."""
+        return bool(getattr(self.config.terms, term)) and self._factor(term, epoch) > 0.0
+
+    def _factor(self, term: str, epoch: int) -> float:
+        return factor(getattr(self.config.ramps, term), epoch, self.epochs)
+
+    def _weights(self, branch: BranchConfig, epoch: int) -> dict[str, float]:
+        """Of all terms in the loss of a branch; 0 for those that are off."""
+        own = {term: self._factor(term, epoch) if self._on(term, epoch) else 0.0 for term in TERMS}
+        cross = branch.weight * factor(branch.weight_ramp, epoch, self.epochs)
+        return {term: weight * (cross if term.startswith("cross") else 1.0) for term, weight in own.items()}
 
     def _temperature(self, epoch: int, warmup_epochs: int) -> float:
         return teacher_temperature(epoch, warmup_epochs, *self.config.teacher_temp)

@@ -83,7 +83,7 @@ class DistillationObjective:
         total = torch.stack(losses).mean()
         pooled = student.pooled[0].detach()
         name = "similarity" if isinstance(self.config, SeedConfig) else "regression"
-        return BranchLoss(total, {name: total.detach()}, lambda: Observation(normalized_features(pooled)))
+        return BranchLoss(total, {name: total.detach()}, {name: 1.0}, lambda: Observation(normalized_features(pooled)))
 
     def _term(self, name: str, projected: Tensor, targets: Tensor) -> Tensor:
         if isinstance(self.config, RegressionConfig):

@@ -141,7 +141,7 @@ class _RecordedBranch:
         self.forward, loss = recording.graph(lambda: passes.loss(branch, recording.taught, recording.views, epoch))
         self.backward, _ = recording.graph(lambda: passes.backward(branch, loss, 1.0))
         # without what autograd holds
-        self.loss = BranchLoss(loss.total.detach(), loss.terms, loss.observe)
+        self.loss = BranchLoss(loss.total.detach(), loss.terms, loss.weights, loss.observe)
         parameters = list(branch.student.parameters())
         self.gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:

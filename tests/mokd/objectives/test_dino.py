@@ -28,7 +28,8 @@ def build(
 ) -> tuple[DinoObjective, list[Branch], list[Tensor]]:
     config = tiny_config(branches=[{**b, "drop_path": 0.0} for b in branches], **changes)
     torch.manual_seed(5)
-    objective = DinoObjective(config.objective, config.views, [b.name for b in config.branches], torch.device("cpu"))
+    names, cpu = [b.name for b in config.branches], torch.device("cpu")
+    objective = DinoObjective(config.objective, config.views, names, cpu, epochs=config.optim.epochs)
     built = [single_branch(objective, config, b, B) for b in config.branches]
     for branch in built:
         branch.student.double()
