@@ -86,6 +86,9 @@ def test_time_limit_gives_the_same_weights(
     sliced = train(config(beton, "sliced", epochs=40), tmp_path, time="2", signal_lead_seconds=30)
     for run in (whole, sliced):
         finished(run, 800.0)
+    # the ranks say that all is done a moment before the supervisor does
+    ended = "the supervisor's last word"
+    wait_for(ended, lambda: any(ending.verdict == "done" for ending in Records(sliced).endings()))
     endings = Records(sliced).endings()
     assert len(endings) >= 2
     assert {ending.kind for ending in endings[:-1]} == {"time limit"}
