@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
@@ -16,8 +17,8 @@ from mokd.distributed import sharding
 from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, TeachingBranch
 
-# keys of a branch that checkpoints from before them do not have; their defaults are what was done then
-_YOUNGER = ("frozen", "freeze_backbone_epochs")
+# keys that checkpoints from before them do not have; their defaults are what was done then
+_YOUNGER = {"branch": ("frozen", "freeze_backbone_epochs", "weight_ramp"), "objective": ("ramps",)}
 
 OBJECTIVE_FILE = "objective"
 
@@ -29,8 +30,8 @@ FIXED = (
 # What may be changed on the way, openly: rates, decay, clipping, precision and the weights of terms.
 _RATES = r"(lr|min_lr|weight_decay|layer_decay|backbone_lr_factor)(\.[01])?"
 CHANGEABLE = re.compile(
-    rf"branches\.\d+\.((optimizer|t_head_group)\.{_RATES}|weight)|optim\.clip_grad_norm|precision\.\w+"
-    r"|objective\.(cross_weight|residual_weight)"
+    rf"branches\.\d+\.((optimizer|t_head_group)\.{_RATES}|weight|weight_ramp(\.\w+)?)|optim\.clip_grad_norm"
+    r"|precision\.\w+|objective\.(cross_weight|residual_weight|ramps(\.\w+)*)"
 )
 
 
@@ -118,10 +119,19 @@ def identity(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
     document = config.model_dump(mode="json")
     for branch in document["branches"]:
         del branch["activation_checkpointing"]  # changes memory and time, and nothing else
-        for key in _YOUNGER:
-            if branch[key] == BranchConfig.model_fields[key].default:
-                del branch[key]
+        _without_younger(branch, BranchConfig, "branch")
+    _without_younger(document["objective"], type(config.objective), "objective")
     return {**{key: _at(document, key) for key in FIXED}, **data}
+
+
+def _without_younger(section: dict[str, Any], model: type[BaseModel], kind: str) -> None:
+    for key in _YOUNGER[kind]:
+        if key in section and section[key] == _plain(model.model_fields[key].default):
+            del section[key]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def changeable(config: RunConfig) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
+from mokd.checkpointing import state
+from mokd.checkpointing.reading import Checkpoint
 from mokd.config.ramps import RampConfig
 from mokd.objectives.base import build_objective
 from tests.support import CONTRASTIVE, RESNET, VIT, losses_of, single_branch, tiny_config
@@ -104,3 +107,16 @@ def test_a_weight_that_never_counts_is_refused() -> None:
         tiny_config(objective__ramps__cross_mlp={"start": 3.0})
     with pytest.raises(UserError, match=r"branches.vit.weight_ramp: .* 3 epochs"):
         tiny_config(branches=[RESNET, {**VIT, "weight_ramp": {"start": 1.0, "unit": "run"}}])
+
+
+def test_a_run_from_before_goes_on_and_ramps_may_be_changed_on_the_way(tmp_path: Path) -> None:
+    config = tiny_config()
+    then = state.identity(config, {})
+    assert "ramps" not in then["objective"]
+    assert all("weight_ramp" not in branch for branch in then["branches"])
+    old = Checkpoint(tmp_path, 1, {"identity": then, "changeable": {}})
+    branches = [RESNET, {**VIT, "weight_ramp": {"start": 1.0}}]
+    for other in (config, tiny_config(branches=branches, objective__ramps__cross_mlp={"length": 2.0})):
+        state.check_identity(old, state.identity(other, {}))
+    key = "objective.ramps.cross_mlp.length"
+    assert state.changeable(tiny_config(objective__ramps__cross_mlp={"length": 2.0}))[key] == 2.0
