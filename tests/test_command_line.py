@@ -105,6 +105,27 @@ def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) 
 
 
 @pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("branches.0.backbone=resnet999", "branches.resnet.backbone: timm has no model 'resnet999'"),
+        ("cluster.nodes=-4", "cluster: nodes: given -4"),
+        ("branches.0.init=/nowhere.pth", "/nowhere.pth"),
+        ("optim.global_batch=7", "global_batch"),
+    ],
+)
+def test_a_configuration_is_checked_as_a_launch_does(
+    config: Path, override: str, says: str, error_line: ErrorLine
+) -> None:
+    assert says in error_line("config", config, "--check", override, "cluster.gpus_per_node=2")
+
+
+def test_a_configuration_that_can_work_is_printed(config: Path) -> None:
+    checked = mokd("config", config, "--check")
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert checked.stdout == mokd("config", config).stdout
+
+
+@pytest.mark.parametrize(
     ("folder", "status", "says"),
     [
         ("jobs/launches", 2, "error: {path}: the launch cannot be recorded: File exists"),

@@ -10,6 +10,7 @@ import typer
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.schema import dump_yaml
 from launcher.cli.console import find_config, messages, print_json, print_table
+from launcher.config import load_cluster
 from mokd.comparison.solo import load_run_config
 from mokd.config import RunConfig, load_config
 
@@ -32,15 +33,23 @@ def config(
     keys: Annotated[
         str | None, typer.Option(metavar="PREFIX", help="what the keys mean that begin so, for example optim or views.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="look at networks, data, first weights and cluster too, as a launch does")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a configuration and print it with every default written out; --keys: what the keys mean."""
+    """Check the keys and values of a configuration and print it with every default written out."""
     if keys is not None:
         _print_keys(keys, as_json)
         return
     if config is None:
         raise UserError("config: give a configuration, for example: mokd config demo.yaml; or --keys optim")
     resolved = load_config(find_config(config), overrides or [])
+    if check:
+        cluster = load_cluster(resolved.cluster, {}, config)
+        from mokd.training.feasibility import check as check_run  # imports torch
+
+        check_run(resolved, cluster.world_size)
     if as_json:
         print_json(resolved.model_dump(mode="json"))
     else:
