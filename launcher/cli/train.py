@@ -86,10 +86,13 @@ def train(
     Exit status: 0 done, 75 stopped and resumable, 1 failed, 2 a mistake in what was given.
     """
     from mokd.runs.exit_codes import EXIT_STOPPED
+    from mokd.training.start import first_of_ranks
     from mokd.training.start import train as start
 
     resolved = load_run_config(find_config(config), overrides or [], solo)
     run, status = start(resolved, root, resume=resume, restart=restart, nproc=nproc)
+    if not first_of_ranks():
+        raise typer.Exit(status)
     if status == 0:
         show_progress(run.path, resolved)
         print(f"evaluate     mokd eval {run.path} --task knn\nlook         mokd report {run.path}")

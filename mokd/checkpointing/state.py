@@ -27,6 +27,7 @@ FIXED = (
     *("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs"),
     *("data.order", "data.limit"),
 )
+_FROM_HERE = {"optim.epochs": " with branches.N.init=run:RUN/BRANCH, since schedules span the epochs"}
 # What may be changed on the way, openly: rates, decay, clipping, precision and the weights of terms.
 _RATES = r"(lr|min_lr|weight_decay|layer_decay|backbone_lr_factor)(\.[01])?"
 CHANGEABLE = re.compile(
@@ -161,7 +162,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
                 continue
             raise UserError(
                 f"{checkpoint.path}: cannot resume, {path} is {given!r} now and was {saved!r} when it was saved; "
-                "set it back, or start a run of another name"
+                f"set it back, or start a run of another name{_FROM_HERE.get(path, '')}"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.core import schema
@@ -86,6 +86,12 @@ def train(
         return _train_as_rank(config, root, resume, restart)
     run = prepare(config, root, resume=resume, restart=restart, world_size=nproc)
     return run, train_locally(run.path, nproc)
+
+
+def first_of_ranks(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first, or the only one, of those that torchrun or srun has started."""
+    of_srun = environ.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in environ else "0"
+    return environ.get("RANK", of_srun) == "0"
 
 
 def _train_as_rank(config: RunConfig, root: Path, resume: bool, restart: bool) -> tuple[RunDirectory, int]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.schema import dump_yaml
 from mokd.runs.exit_codes import EXIT_STOPPED
 from mokd.runs.heartbeat import read_heartbeats
 from mokd.runs.run_directory import RunDirectory
-from mokd.training.start import prepare
+from mokd.training.start import first_of_ranks, prepare
 from tests.support import ROOT, tiny_config
 
 
@@ -55,3 +56,26 @@ def test_a_run_that_is_being_trained_is_left_alone(beton: Path, tmp_path: Path) 
         rank.kill()
         rank.wait()
     prepare(config, tmp_path, resume=True, world_size=1)
+
+
+def test_ranks_of_torchrun_train_together_and_one_speaks(beton: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_yaml(tiny_config(beton, optim__max_steps=1)))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "launcher.cli", "train"]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "tiny.yaml"), "--root", str(tmp_path / "runs")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("k-NN % before training") == 1
+    assert done.stdout.count("mokd report") == 1
+
+
+def test_who_is_the_first() -> None:
+    assert first_of_ranks({})
+    assert first_of_ranks({"SLURM_PROCID": "3"})  # an interactive allocation, without a step
+    assert not first_of_ranks({"SLURM_PROCID": "3", "SLURM_STEP_ID": "0"})
+    assert not first_of_ranks({"RANK": "1"})
