@@ -39,6 +39,7 @@ _CROSS = (
     "objective.ramps.cross_search",
     "objective.cross_temp_warmup_epochs",
     "objective.center_search",
+    "objective.cross_same_view",
     "objective.cross_weight",
     "objective.residual_weight",
 )

@@ -84,6 +84,9 @@ class DinoConfig(ObjectiveConfig):
     cross_temp_warmup_epochs: Annotated[
         NonNegativeInt, Field(description="of the temperature of targets from another branch")
     ] = 30
+    cross_same_view: Annotated[
+        bool, Field(description="cross-distillation, MLP head: also between the same view of both branches (ablation)")
+    ] = False
     center_momentum: Annotated[Probability, Field(description="of the moving average that targets are centred by")] = (
         0.9
     )

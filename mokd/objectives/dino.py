@@ -100,6 +100,9 @@ class DinoObjective:
                 # with several others the mean of their targets is the target of the mean loss
                 probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
                 mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"])
+                if self.config.cross_same_view:
+                    everyones = _for_all_views(probabilities, self.views.count)
+                    mlp["cross_mlp"] = Target(everyones, weights["cross_mlp"], paired=False)
         losses = [self._head_loss(student.mlp, mlp, epoch)]
         with torch.no_grad():
             t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), weights["self_thead"])}
@@ -237,3 +240,15 @@ class Teachers:
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(dim=0)
+
+
+def _for_all_views(probabilities: Tensor, views: int) -> Tensor:
+    """The mean `[V, B, K]` over teacher views `[Q, B, K]`, the same for each of V student views.
+
+    Cross-entropy is linear in its target: this is the mean over all pairs of views.
+    """
+    mean = probabilities.mean(dim=0)
+    if mean.device.type != "cpu":
+        return mean.expand(views, *mean.shape)
+    # prototype by prototype, as the compiled loss has it
+    return mean.T.unsqueeze(1).expand(-1, views, -1).contiguous().permute(1, 2, 0)

@@ -254,3 +254,40 @@ def test_teacher_follows_by_moving_average_and_keeps_its_own_statistics() -> Non
     assert all(torch.equal(b, statistics[name]) for name, b in resnet.teacher.named_buffers())
     resnet.teacher(views[:1])
     assert not torch.equal(resnet.teacher.backbone.net.bn1.running_mean, statistics["backbone.net.bn1.running_mean"])
+
+
+@pytest.mark.parametrize("branches", [[RESNET, VIT], [RESNET, VIT, THIRD]], ids=["pair", "three"])
+@pytest.mark.parametrize("double", [True, False])
+def test_cross_terms_between_the_same_view_are_the_mean_over_all_pairs(branches: list[dict], double: bool) -> None:
+    objective, built, views = build(branches, objective__cross_same_view=True)
+    epoch = 40
+    losses = losses_of(objective, built, views, epoch)
+    reference = []
+    with torch.no_grad():
+        teachers = [
+            literal_logits(out.mlp, b.teacher.mlp_head.last_layer)
+            for b, out in ((b, b.teacher(views[:1])) for b in built)
+        ]
+        for i, branch in enumerate(built):
+            said = literal_logits(branch.student(views).mlp, branch.student.mlp_head.last_layer)
+            log_p = torch.log_softmax(said / 0.1, dim=-1)
+            others = [
+                -(torch.softmax((teachers[j][q] - objective.centers[j, 0]) / 0.07, dim=-1) * log_p[v]).sum(-1).mean()
+                for j in range(len(built))
+                if j != i
+                for q in range(GLOBALS)
+                for v in range(GLOBALS + LOCALS)
+            ]
+            reference.append(torch.stack(others).mean())
+    for loss, expected in zip(losses, reference, strict=True):
+        torch.testing.assert_close(loss.terms["cross_mlp"], expected, rtol=1e-9, atol=0)
+    if double:
+        return
+    # the compiled loss gives what torch's operations do
+    single, _, _ = build(branches, objective__cross_same_view=True)
+    single.centers = objective.centers.float()
+    for branch in built:
+        branch.student.float()
+        branch.teacher.float()
+    for ours, exact in zip(losses_of(single, built, [v.float() for v in views], epoch), losses, strict=True):
+        torch.testing.assert_close(ours.terms["cross_mlp"].double(), exact.terms["cross_mlp"], rtol=1e-4, atol=0)
