@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -39,8 +40,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def headline(folder: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
     """What `make launch CONFIG=vit_s_resnet50.yaml NODES=4` runs, in a user's working directory."""
-    line = ["make", "--no-print-directory", "-n", "launch", "CONFIG=vit_s_resnet50.yaml", "NODES=4"]
-    recipe = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    line = ["make", "-n", "launch", "CONFIG=vit_s_resnet50.yaml", "NODES=4"]
+    # not as a part of the `make test` that may have started this
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+    recipe = done.stdout.splitlines()[-1]
     program, *arguments = shlex.split(recipe)
     assert program.endswith("/bin/mokd")
     return mokd(*arguments, *options, cwd=folder, XDG_CONFIG_HOME=str(folder))
