@@ -35,7 +35,7 @@ td { min-width: 3rem; } td.long { min-width: 14rem; overflow-wrap: anywhere; } t
   overflow-wrap: normal; white-space: nowrap; }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 figure { margin: 0; padding: 10px; background: var(--card); border-radius: 8px; } figure svg, figure img {
-  display: block; width: 100%; height: auto; } figcaption { font-size: .85rem; }
+  display: block; max-width: 100%; height: auto; } figure svg { width: 100%; } figcaption { font-size: .85rem; }
 figcaption strong { font-size: .95rem; }
 .legend { list-style: none; margin: .2rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem .9rem; }
 .legend svg { display: inline-block; width: 26px; height: 8px; margin-right: .3rem; }
