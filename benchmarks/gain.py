@@ -19,7 +19,7 @@ from data_pipeline.core.errors import DataError, UserError
 from mokd.comparison.gain import Comparison, compare
 from mokd.comparison.pairing import Run, differences, settings
 from mokd.comparison.solo import solo
-from mokd.config import RunConfig
+from mokd.config import RunConfig, with_absolute_paths
 from mokd.evaluation.entry import evaluate
 from mokd.evaluation.request import TASKS, Request
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
@@ -120,6 +120,7 @@ def _same(config: RunConfig, other: RunDirectory) -> bool:
 
 def _training_differences(a: RunConfig, b: RunConfig) -> list[str]:
     """Where runs differ in what they learn. How they are measured is this benchmark's own affair."""
+    a, b = with_absolute_paths(a), with_absolute_paths(b)  # as runs have them
     keys = differences({**settings(a), "seed": a.seed}, {**settings(b), "seed": b.seed})
     return [key for key in keys if not key.startswith("evaluation.")]
 

@@ -21,6 +21,7 @@ from mokd.config import RunConfig
 from mokd.runs.exit_codes import EXIT_STOPPED
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
+from mokd.training.start import prepare
 from tests.support import ROOT, VIT, tiny_config
 
 
@@ -120,3 +121,15 @@ def test_what_cannot_work_is_told_before_anything_is_trained(beton: Path, tmp_pa
     with pytest.raises(UserError, match="--task knm: expected knn"):
         run([evaluated(beton)], [1], ["knm"], tmp_path, 1, print)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-seed-0"]
+
+
+def test_a_run_is_found_again_by_relative_paths(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(beton.parent)
+    names = {"train": Path("train.beton"), "evaluation__train": "train.beton", "evaluation__test": "test.beton"}
+    config = tiny_config(**names)
+    run = prepare(config, tmp_path, resume=False, world_size=1)
+    assert run.config() != config
+    assert locate(config, tmp_path).path == run.path
+    other = tiny_config(**{**names, "train": Path("test.beton")})
+    with pytest.raises(UserError, match=r"data\.train differs"):
+        locate(other, tmp_path)
