@@ -113,6 +113,13 @@ def split(folder: Path, out: Path, part: float, seed: int = 0) -> tuple[Path, Pa
     return out / "train.csv", out / "validation.csv"
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: write them as 1,2,6") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.config is None:
             parser.error("give a configuration, or --split")
-        rungs, seeds = ([int(number) for number in text.split(",")] for text in (options.rungs, options.seeds))
+        rungs, seeds = _numbers("--rungs", options.rungs), _numbers("--seeds", options.seeds)
         variants: list[Variant] = [(), *(tuple(text.split()) for text in options.variants)]
         config = load_config(options.config)
         where = (options.root, options.nproc, options.record)

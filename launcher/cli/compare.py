@@ -10,6 +10,7 @@ import typer
 from data_pipeline.core.errors import UserError
 from launcher.cli.console import messages, print_json, print_table
 from launcher.cli.jobs import find_run
+from launcher.report.gains import COLUMNS, rows_of
 
 if TYPE_CHECKING:
     from mokd.comparison.gain import Comparison
@@ -64,13 +65,5 @@ def compare(
 
 def show(comparison: Comparison) -> None:
     """A table for every method, on stdout."""
-    for method in comparison.methods:
-        rows = []
-        for name, branch in method.branches.items():
-            gain, (low, high) = branch.gain, branch.gain.gain_ci95
-            seeds = str(len(branch.pair_curves))
-            rows.append(
-                [name, f"{gain.solo:.2f}", f"{gain.pair:.2f}", f"{gain.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", seeds]
-            )
-        what = f"{comparison.title}, top-1 of the {comparison.network} in %, {comparison.images:,} images"
-        print_table(f"{method.label}: {what}", ["branch", "solo", "pair", "gain", "95% interval", "seeds"], rows)
+    for what, rows in rows_of(comparison):
+        print_table(f"{what}, {comparison.images:,} images", COLUMNS, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,9 @@ def gains(given: Sequence[Run], known: Sequence[Run]) -> str:
     parts = []
     for task in TASKS:
         try:
-            parts.append(_tables(compare(list(chosen.values()), task=task, network="teacher")))
+            comparison = compare(list(chosen.values()), task=task, network="teacher")
+            for what, rows in rows_of(comparison):
+                parts.append(table(f"{what}, {comparison.images:,} test images", COLUMNS, rows))
         except UserError as error:  # not evaluated, or not alike
             parts.append(f'<p class="quiet">{escape(str(error))}</p>')
     return f"<h2>Gain over training alone</h2>{''.join(parts)}"
@@ -71,14 +73,12 @@ def opened(paths: Iterable[Path]) -> list[Run]:
     return found
 
 
-def _tables(comparison: Comparison) -> str:
-    parts = []
+def rows_of(comparison: Comparison) -> Iterator[tuple[str, list[list[str]]]]:
+    """For every method what is compared, in words, and the cells of its branches, as COLUMNS."""
     for method in comparison.methods:
         rows = []
         for name, branch in method.branches.items():
             gain, (low, high) = branch.gain, branch.gain.gain_ci95
             numbers = [f"{gain.solo:.2f}", f"{gain.pair:.2f}", f"{gain.gain:+.2f}", f"{low:+.2f} to {high:+.2f}"]
             rows.append([name, *numbers, str(len(branch.pair_curves))])
-        what = f"{comparison.title}, top-1 of the {comparison.network} in %, {comparison.images:,} test images"
-        parts.append(table(f"{method.label}: {what}", COLUMNS, rows))
-    return "".join(parts)
+        yield f"{method.label}: {comparison.title}, top-1 of the {comparison.network} in %", rows

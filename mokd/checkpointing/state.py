@@ -27,6 +27,7 @@ FIXED = (
     *("seed", "objective", "views", "branches", "optim.epochs", "optim.global_batch", "optim.warmup_epochs"),
     *("data.order", "data.limit"),
 )
+# how to go on from a run where a key must differ
 _FROM_HERE = {"optim.epochs": " with branches.N.init=run:RUN/BRANCH, since schedules span the epochs"}
 # What may be changed on the way, openly: rates, decay, clipping, precision and the weights of terms.
 _RATES = r"(lr|min_lr|weight_decay|layer_decay|backbone_lr_factor)(\.[01])?"

@@ -23,14 +23,14 @@ from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, BranchLoss, TeachingBranch, learning
 from mokd.training.passes import Passes
 
-# that a kind of step is run as usual before it is recorded: kernels are compiled, algorithms chosen, and constants
-# brought to the device
+# steps of a kind that run as usual before one is recorded: kernels are compiled, algorithms chosen, and constants come
+# to the device
 STEPS_AHEAD = 2
 
 T = TypeVar("T")
 
 
-class GraphPasses(Passes):
+class GraphPasses:
     """As `Passes`, on a GPU, for steps of one micro-batch whose gradients are dropped afterwards.
 
     What is returned in a replay holds until the next one. Steps before a recording run on the stream that records.
@@ -39,7 +39,7 @@ class GraphPasses(Passes):
     def __init__(
         self, config: RunConfig, branches: Sequence[TeachingBranch], objective: Objective[Any], device: torch.device
     ) -> None:
-        super().__init__(config, branches, objective, device)
+        self._branches, self._objective = branches, objective
         self._plain = Passes(config, branches, objective, device)
         self._beside = SideStream(device, wanted=True)
         self._kind: Hashable = None

@@ -182,6 +182,10 @@ def test_what_was_not_measured_at_every_batch_becomes_no_default() -> None:
         assert verdict == {"becomes_default": False, "because": "not measured at 64"}
 
 
+def test_graphs_are_tried_on_gpus_alone() -> None:
+    assert figures_of("graphs") == {"rule": switches.RULE, "execution.cuda_graphs=true": "only tried on a GPU"}
+
+
 def test_every_switch_is_tried_by_one_of_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(switches, "_against", lambda *arguments: None)
     tried = [name for part in ("switches", "compile") for name in figures_of(part) if name != "rule"]
