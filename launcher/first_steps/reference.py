@@ -24,9 +24,9 @@ PAGE = Path("docs/configuration.md")
 _HEAD = """# Configuration
 
 Every key, its default and what it means; made from the schema by `python -m launcher.first_steps.reference`.
-`mokd config CONFIG` prints a configuration with every default written out, with `--check` after a look at networks, data,
-first weights and cluster; `mokd config --keys data` tells this of a
-section. Any key can be given on the command line: `mokd train demo.yaml optim.epochs=3 branches.vit.weight=0.1`.
+`mokd config CONFIG` prints a configuration with every default written out, with `--check` after a look at networks,
+data, first weights and cluster; `mokd config --keys data` tells this of a section. Any key can be given on the command
+line: `mokd train demo.yaml optim.epochs=3 branches.vit.weight=0.1`.
 """
 
 
