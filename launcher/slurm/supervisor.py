@@ -38,6 +38,7 @@ from mokd.runs.run_directory import RunDirectory
 REQUEUE_PATIENCE_SECONDS = 3600.0
 # pauses before a run directory that takes no files (full disk, quota, file server away) is asked again at the start
 PAUSES_SECONDS = (1.0, 4.0, 15.0, 40.0, 60.0)
+LISTEN_SECONDS = 0.2  # between two looks for signals in such a pause
 T = TypeVar("T")
 _LISTENED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -73,7 +74,6 @@ class Supervisor:
         if self._superseded():
             _say("a newer launch of this run has taken over")
             return EXIT_DONE
-        _patiently(self._account_for_the_lost)
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         facts: dict[str, Any] = {
             "launch": self.number,
@@ -82,10 +82,17 @@ class Supervisor:
             "restart": _restart_count(),
             "step": checkpoint_step(self.run),
         }
-        self.attempt = _patiently(lambda: self.run.claim_attempt(facts))
-        _patiently(lambda: self.run.write_status("starting", self.attempt, step=facts["step"], nodes=nodes))
+        try:
+            self._patiently(self._account_for_the_lost)
+            self.attempt = self._patiently(lambda: self.run.claim_attempt(facts))
+            self._patiently(lambda: self.run.write_status("starting", self.attempt, step=facts["step"], nodes=nodes))
+        except OSError as error:
+            if not self.signals:
+                raise
+            _say(str(error))  # the job's end comes first; what it runs next may find a disk with room
         if self.signals:
-            return self._conclude(Facts(0, signals=self.signals, seconds_left=self._seconds_left()))
+            cause, left = self._cause(node_lost=False), self._seconds_left()
+            return self._conclude(Facts(0, cause=cause, signals=self.signals, seconds_left=left))
         self._clear_submitit_leftovers(command)
         step = Step(command, self._environment(), self.job_id, self.cluster)
         code = step.run(HangWatch(self.run, self.attempt, self.cluster), self._superseded)
@@ -113,7 +120,8 @@ class Supervisor:
         ending = self._ending(decision, step)
         # an end that cannot be recorded is followed all the same; the next attempt accounts for it
         with _said_only("how the attempt ended"):
-            self.records.write_ending(ending)
+            if self.attempt:  # else it was asked to leave while the disk was full, before it had a number
+                self.records.write_ending(ending)
         if decision.verdict == "requeued":
             return self._requeue([*history, ending])
         if decision.verdict == "failed":
@@ -154,6 +162,21 @@ class Supervisor:
             first_step=int(self.records.attempt_facts(self.attempt).get("step", 0)),
             last_step=steps_done(self.run, self.attempt),
         )
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """What `act` returns, asked again with pauses while the file system refuses; then, or at a signal, its error."""
+        for pause in PAUSES_SECONDS:
+            try:
+                return act()
+            except OSError as error:
+                if self.signals:
+                    raise
+                _say(f"{error}; trying again in {pause:.0f} s")
+            # in short sleeps, which a signal does not end by itself: the grace time may be shorter than a pause
+            until = time.monotonic() + pause
+            while not self.signals and (left := until - time.monotonic()) > 0.0:
+                time.sleep(min(left, LISTEN_SECONDS))
+        return act()
 
     def _account_for_the_lost(self) -> None:
         """Attempts whose supervisor went down with its node have left no ending; note what is known."""
@@ -236,17 +259,6 @@ class Supervisor:
         # submitit refuses to write a result beside a temporary file that a killed attempt left
         for path in Path(command[-1]).glob(f"{self.job_id}_*.save_tmp"):
             path.unlink(missing_ok=True)
-
-
-def _patiently(act: Callable[[], T]) -> T:
-    """What `act` returns, asked again with pauses while the file system refuses; then its OSError."""
-    for pause in PAUSES_SECONDS:
-        try:
-            return act()
-        except OSError as error:
-            _say(f"{error}; trying again in {pause:.0f} s")
-            time.sleep(pause)
-    return act()
 
 
 @contextmanager

@@ -93,6 +93,27 @@ def test_run_directory_full_at_a_start(cluster: Cluster, beton: Path, tmp_path: 
         record_property("begun_seconds_after", round(Records(run).attempt_facts(1)["time"] - freed, 1))
 
 
+@pytest.mark.fault(33)
+@pytest.mark.timeout(300)
+def test_signal_while_the_run_directory_is_full(
+    cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record
+) -> None:
+    with small_file_system(tmp_path / "small", "size=64m") as disk:
+        run = train(config(beton, "full"), disk, nodes=1, sbatch={"begin": "now+1hour"})
+        job = job_of(run)
+        (filler,) = fill(disk, "room", 0)
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait_for("the start", lambda: (found := client.find_job(job)) is not None and found.state == "RUNNING")
+        time.sleep(7.0)  # into the third pause, which is one of 15 s
+        asked = time.time()
+        cluster.run("scancel", "--batch", "--signal=USR2", job)
+        wait_for("the requeue", lambda: (found := client.find_job(job)) is not None and found.restarts == 1, 10.0)
+        record_property("requeued_seconds_after", round(time.time() - asked, 1))
+        filler.unlink()
+        finished(run)
+        assert Records(run).attempt_facts(1)["restart"] == 1
+
+
 @pytest.mark.timeout(200)
 def test_cancel_saves_and_resume_continues(cluster: Cluster, beton: Path, tmp_path: Path) -> None:
     run = pretend(tmp_path, beton, "pause", {"steps": 60, "step_seconds": 0.1, "every": 100000})

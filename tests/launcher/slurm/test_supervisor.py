@@ -1,13 +1,16 @@
 """What the supervisor does where its run directory takes no files; with SLURM: tests/faults."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.runs.records import Records
-from launcher.slurm import supervisor
-from mokd.runs.exit_codes import EXIT_GAVE_UP
+from launcher.slurm import client, supervisor
+from mokd.runs.exit_codes import EXIT_DONE, EXIT_GAVE_UP
 from mokd.runs.run_directory import RunDirectory
 from tests.disks import fill, small_file_system
 from tests.support import tiny_config
@@ -33,3 +36,33 @@ def test_a_disk_that_stays_full_is_said_in_one_line(
     assert lines[-1].startswith("error: ")
     assert lines[-1].endswith(f"not requeued: once files can be written there, mokd resume {run.path}")
     assert run.current_attempt() == 0
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back the signal handlers that a supervisor has changed in this process."""
+    listened = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in listened}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("state", "orders"), [("COMPLETING", []), ("RUNNING", ["7"])])
+def test_a_signal_cuts_the_waiting_short(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], state: str, orders: list[str]
+) -> None:
+    # SLURM's two answers stand in here; tests/faults/test_bookkeeping.py asks the real daemons
+    given: list[str] = []
+    job = client.Job("7", state, reason="", nodes="n1", excluded="", partition="", restarts=0, preempted=False)
+    monkeypatch.setattr(client, "requeue", lambda job_id, patience: given.append(job_id))
+    monkeypatch.setattr(client, "find_job", lambda job_id: job)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(supervisor, "PAUSES_SECONDS", (60.0,))
+    fill(run.path.parent, "room", 0)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    assert supervisor.main(["--launch", "1", str(run.path), "--", "true"]) == EXIT_DONE
+    assert given == orders  # a cancelled job is not brought back
+    assert run.current_attempt() == 0
+    assert "SIGUSR2" in capfd.readouterr().err or not orders
