@@ -99,11 +99,14 @@ def test_time_limit_gives_the_same_weights(
 @pytest.mark.timeout(1200)
 def test_chaos(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     undisturbed = train(config(beton, "calm", epochs=12), tmp_path)
-    finished(undisturbed)
+    steps, times = finished(undisturbed).step, 10
     run = train(config(beton, "chaos", epochs=12), tmp_path)
-    for requeued in range(10):
+    for requeued in range(times):
         wait_for(f"attempt {requeued + 1}", lambda number=requeued: run.current_attempt() > number, 90.0)
-        time.sleep(random.uniform(0.0, 14.0))
+        # at a random moment, but before the steps that are left would be too few for the requeues that are left
+        share, moment = steps * (requeued + 1) // (times + 1), time.monotonic() + random.uniform(0.0, 14.0)
+        while time.monotonic() < moment and int(run.read_status().get("step", 0)) < share:
+            time.sleep(0.02)
         cluster.run("scontrol", "requeue", job_of(run))
     check_same(run, undisturbed, 2 * 4, record_property)
 
