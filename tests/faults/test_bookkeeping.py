@@ -106,7 +106,7 @@ def test_signal_while_the_run_directory_is_full(
         wait_for("the start", lambda: (found := client.find_job(job)) is not None and found.state == "RUNNING")
         time.sleep(7.0)  # into the third pause, which is one of 15 s
         asked = time.time()
-        cluster.run("scancel", "--batch", "--signal=USR2", job)
+        cluster.run("scancel", "--full", "--signal=USR2", job)
         wait_for("the requeue", lambda: (found := client.find_job(job)) is not None and found.restarts == 1, 10.0)
         record_property("requeued_seconds_after", round(time.time() - asked, 1))
         filler.unlink()
