@@ -165,13 +165,16 @@ def test_launch_refuses_and_shows(beton: Path, tmp_path: Path) -> None:
         "cluster.gpus_per_node=0",
         "parallel.device=cpu",
     ]
-    refused = mokd(*given, "cluster.container.image=none.sif", cwd=tmp_path)
+    bare = {"cwd": tmp_path, "PATH": "/nonexistent"}  # SLURM is not asked
+    refused = mokd(*given, "cluster.container.image=none.sif", **bare)
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].endswith("docs/containers.md tells how to make one")
-    shown = mokd(*given, "cluster.container.image=mokd.sif", "cluster.cpus_per_task=1", cwd=tmp_path)
+    shown = mokd(*given, "cluster.container.image=mokd.sif", "cluster.cpus_per_task=1", **bare)
     assert shown.returncode == 0, shown.stderr
     assert f"in {tmp_path}/mokd.sif (apptainer)" in shown.stderr
-    assert f"apptainer exec --bind {tmp_path}/runs/tiny:{tmp_path}/runs/tiny --bind {beton.parent}" in shown.stdout
+    for path in (tmp_path / "runs" / "tiny", beton.parent):
+        assert f" --bind {path}:{path} " in shown.stdout
+    assert f" {tmp_path}/mokd.sif env " in shown.stdout
 
 
 def test_the_snapshot_has_what_a_wheel_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
