@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,6 +24,50 @@ OWN_PARAMETERS = frozenset(
 )
 DEFAULT_SITE = "default"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class ContainerConfig(StrictModel):
+    """The image in which a job's ranks run; docs/containers.md."""
+
+    image: Annotated[str, Field(description="a file or folder that every node sees; for pyxis also IMAGE:TAG")]
+    runtime: Annotated[
+        Literal["apptainer", "singularity", "pyxis"], Field(description="what starts containers on the nodes")
+    ] = "apptainer"
+    python: Annotated[str, Field(description="the interpreter in the image")] = "python3"
+    mounts: Annotated[
+        tuple[str, ...], Field(description="SOURCE[:TARGET[:FLAGS]] besides run, code and data, which are always there")
+    ] = ()
+    options: Annotated[
+        tuple[str, ...], Field(description="further arguments of `apptainer exec`, or of srun for pyxis")
+    ] = ()
+
+    @field_validator("image", "python")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not value.strip() or _CONTROL.search(value) or value.startswith("-"):
+            raise ValueError("a text in one line, not empty, without a dash in front")
+        return value
+
+    @field_validator("mounts")
+    @classmethod
+    def _mounts(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in mounts:
+            parts = mount.split(":")
+            if not all(part.startswith("/") for part in parts[:2]) or len(parts) > 3 or "," in mount:
+                raise ValueError(f"'{mount}': SOURCE, SOURCE:TARGET or SOURCE:TARGET:FLAGS, absolute, without a comma")
+            if _CONTROL.search(mount):
+                raise ValueError(f"{mount!r}: one line per entry")
+        return mounts
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.strip() or _CONTROL.search(option):
+                raise ValueError("one argument per entry, in one line")
+            if option in ("--cleanenv", "-e", "--containall", "-C"):
+                raise ValueError(f"'{option}' takes away the variables by which ranks find each other; use --contain")
+        return options
 
 
 class ClusterConfig(StrictModel):
@@ -44,6 +88,7 @@ class ClusterConfig(StrictModel):
     srun: Annotated[tuple[str, ...], Field(description="further arguments of srun")] = ()
     setup: Annotated[tuple[str, ...], Field(description="shell lines run on the first node before training")] = ()
     environment: Annotated[dict[str, str], Field(description="variables of the ranks")] = {}
+    container: Annotated[ContainerConfig | None, Field(description="an image in which the ranks run")] = None
     array_parallelism: Annotated[PositiveInt, Field(description="runs of a sweep at one time")] = 16
     signal_lead_seconds: Annotated[PositiveInt, Field(description="warning before the time limit")] = 120
     max_requeues: Annotated[NonNegativeInt, Field(description="after which a run stops")] = 1000

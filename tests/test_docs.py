@@ -127,14 +127,19 @@ def test_what_does_not_exist_is_found() -> None:
     ]
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of every `mokd ...` in the fenced blocks, several of a line apart, without comments."""
+def fenced_commands(text: str) -> Iterator[str]:
+    """Every `mokd ...` and `make ...` in the fenced blocks, several of a line apart, without comments."""
     for block in re.findall(r"^```(?!mermaid)\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|;|\|", line.partition(" #")[0]):
-                words = part.replace("[key=value ...]", "").split()
-                if words[:1] == ["mokd"]:
-                    yield shlex.split(part)[1:]
+            for part in re.split(r"&&|;|\|", re.split(r"(?:^|\s)#", line)[0]):
+                words = part.removeprefix(" do").split()
+                if words[:1] in (["mokd"], ["make"]):
+                    yield " ".join(words)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every `mokd ...` among them."""
+    return (shlex.split(command)[1:] for command in fenced_commands(text) if command.startswith("mokd "))
 
 
 def parse(words: list[str]) -> None:

@@ -57,8 +57,12 @@ def available() -> bool:
 
 @cache
 def built(package: Path) -> Path | None:
-    """The compiled library in a package's folder; None where it was not built."""
-    return next((path for suffix in EXTENSION_SUFFIXES if (path := package / f"_native{suffix}").exists()), None)
+    """The compiled library in a package's folder; None where it was not built.
+
+    That of another Python does too, for the libraries know nothing of it: a container has its own.
+    """
+    own = (path for suffix in EXTENSION_SUFFIXES if (path := package / f"_native{suffix}").exists())
+    return next(own, next(iter(sorted(package.glob("_native.*.so"))), None))
 
 
 @cache

@@ -60,10 +60,11 @@ def launch(
     from launcher.preflight.checks import examine
     from launcher.preflight.resources import settle
     from launcher.runs import sweep as sweeps
+    from launcher.slurm import container
 
     path = find_config(config)
     resolved = load_run_config(path, overrides or [], solo)
-    cluster = load_cluster(resolved.cluster, flags, str(path))
+    cluster = container.settle(load_cluster(resolved.cluster, flags, str(path)), local)
     if not local:
         cluster = settle(cluster, resolved.parallel.device)
     if check:
@@ -88,7 +89,7 @@ def _launch_one(
 
     if dry_run:
         run = RunDirectory(submit.runnable_path(root / config.name))
-        _show_plan(submit.run_script(run, cluster, 1), run.path, cluster, local, as_json)
+        _show_plan(submit.run_script(run, config, cluster, 1), run.path, cluster, local, as_json)
         return
     _need_slurm(local)
     run = submit.create_run(config, root)
@@ -114,7 +115,7 @@ def _launch_sweep(
     if dry_run:
         for config in configs:
             print(f"# {config.name}", file=sys.stderr)
-        _show_plan(submit.array_script(folder, cluster, name), folder, cluster, local, as_json, len(configs))
+        _show_plan(submit.array_script(folder, configs, cluster, name), folder, cluster, local, as_json, len(configs))
         return
     _need_slurm(local)
     if folder.exists():
@@ -147,7 +148,7 @@ def resume(
     """Launch a run again from its newest checkpoint, if need be on another number of nodes."""
     from launcher.preflight.checks import examine
     from launcher.preflight.resources import settle
-    from launcher.slurm import submit
+    from launcher.slurm import container, submit
 
     directory = open_run(run)
     if directory.read_status().get("state") == "done" and not restart and from_step is None:
@@ -156,13 +157,13 @@ def resume(
     # as launched last; with another site, as the configuration says
     as_before = last is not None and "site" not in flags
     section = {**last.cluster, "site": None} if last and as_before else config.cluster
-    cluster = load_cluster(section, flags, str(directory.config_file))
+    cluster = container.settle(load_cluster(section, flags, str(directory.config_file)), local)
     if not local and not as_before:
         cluster = settle(cluster, config.parallel.device)
     _show_findings(examine(config, cluster, directory.path.parent, directory))
     if dry_run:
         number = (last.number if last else 0) + 1
-        _show_plan(submit.run_script(directory, cluster, number), directory.path, cluster, local, as_json)
+        _show_plan(submit.run_script(directory, config, cluster, number), directory.path, cluster, local, as_json)
         return
     _need_slurm(local)
     if restart:

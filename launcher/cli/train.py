@@ -46,9 +46,10 @@ def config(
         raise UserError("config: give a configuration, for example: mokd config demo.yaml; or --keys optim")
     resolved = load_config(find_config(config), overrides or [])
     if check:
-        cluster = load_cluster(resolved.cluster, {}, config)
+        from launcher.slurm import container
         from mokd.training.feasibility import check as check_run  # imports torch
 
+        cluster = container.settle(load_cluster(resolved.cluster, {}, config), local=False)
         check_run(resolved, cluster.world_size)
     if as_json:
         print_json(resolved.model_dump(mode="json"))

@@ -7,13 +7,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig
 from launcher.doctor.examination import Report, arguments
 from launcher.doctor.finding import Surroundings
+from launcher.slurm import container
 
 MINUTES = 10
 # what only sbatch understands
@@ -36,10 +36,20 @@ def srun_command(cluster: ClusterConfig, here: Surroundings) -> list[str]:
         flags["gpus-per-node"] = cluster.gpus_per_node
     flags |= {key: value for key, value in extra.items() if key not in _BATCH_ONLY and value is not False}
     options = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items() if value is not None]
-    python = shlex.join([sys.executable, "-m", "launcher.doctor.examination", *arguments(here)])
-    # the site's own lines first, as in the batch script
-    script = "\n".join([*cluster.setup, f"exec {python}"])
-    return ["srun", "--label", *options, *cluster.srun, "bash", "-c", script]
+    words = container.rank_words(cluster, _paths(here), _CODE)
+    python = [*words.python, "-m", "launcher.doctor.examination", *arguments(here)]
+    python += ["--container"] if cluster.container else []
+    if not words.srun:  # the site's own lines first, as in the batch script; they are not for a container
+        python = ["bash", "-c", "\n".join([*cluster.setup, f"exec {shlex.join(python)}"])]
+    return ["srun", "--label", *options, *cluster.srun, *words.srun, *python]
+
+
+def _paths(here: Surroundings) -> tuple[Path, ...]:
+    """What a container must see of the host to be examined."""
+    runs = here.runs.absolute()
+    while not runs.exists():  # nothing has been launched yet
+        runs = runs.parent
+    return container.outermost([runs, _CODE, *(path.parent for path in here.data)])
 
 
 def examine_allocation(cluster: ClusterConfig, here: Surroundings) -> list[Report]:

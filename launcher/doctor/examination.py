@@ -32,6 +32,8 @@ CHECKS: tuple[Callable[[Surroundings], Finding], ...] = (
     node.data,
     node.clock,
 )
+# what asks SLURM's commands, which are outside of a job's container
+OUTSIDE = (scheduler.slurm, scheduler.munge)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,11 @@ def main(given: Sequence[str]) -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--backend", required=True)
     parser.add_argument("--data", type=Path, action="append", default=[])
+    parser.add_argument("--container", action="store_true", help="leave out what is to be found outside of it")
     options = parser.parse_args(given)
     here = Surroundings(runs=options.runs, device=options.device, backend=options.backend, data=tuple(options.data))
-    print(json.dumps(examine(here).to_json(), indent=0), flush=True)
+    checks = [check for check in CHECKS if not (options.container and check in OUTSIDE)]
+    print(json.dumps(examine(here, checks).to_json(), indent=0), flush=True)
     return 0
 
 

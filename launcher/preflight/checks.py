@@ -13,7 +13,7 @@ from launcher.config import ClusterConfig
 from launcher.preflight.memory import estimate_bytes
 from launcher.preflight.resources import describe
 from launcher.runs.records import checkpoint_step
-from launcher.slurm import client
+from launcher.slurm import client, container
 from launcher.slurm.sbatch_script import Script
 from mokd.config import RunConfig
 from mokd.runs.files import read_json
@@ -40,6 +40,7 @@ def examine(config: RunConfig, cluster: ClusterConfig, root: Path, run: RunDirec
     _check_output(root, findings)
     _check_paths(config, findings)
     _check_lead(config, cluster, run, findings)
+    findings.warnings += container.check(cluster, container.run_paths(config, root.absolute()))
     findings.facts["job"] = describe(config, cluster)
     if cluster.gpus_per_node:
         findings.facts["memory per GPU"] = f"about {estimate_bytes(config, cluster.world_size) / 2**30:.0f} GiB"

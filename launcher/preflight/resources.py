@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig, minutes
-from launcher.slurm import client
+from launcher.slurm import client, container
 from launcher.slurm.cluster_discovery import NodeKind, Partition, choose, count_gpus, discover
 from mokd.config import RunConfig
 
@@ -106,7 +106,7 @@ def describe(config: RunConfig, cluster: ClusterConfig) -> str:
     images = config.optim.global_batch // cluster.world_size
     return (
         f"{cluster.nodes} nodes x {per_node} ({where}), {cluster.cpus_per_task} cores per {unit}, "
-        f"{images} images per {unit} and step"
+        f"{images} images per {unit} and step{container.describe(cluster.container)}"
     )
 
 

@@ -14,6 +14,7 @@ import mokd
 from data_pipeline.core.errors import UserError
 
 PACKAGES = (launcher, mokd, data_pipeline)
+CARRIED = "mokd.libs"
 
 
 def take(target: Path) -> str:
@@ -26,6 +27,9 @@ def take(target: Path) -> str:
             if source.parent == target.absolute():
                 return digest(target)  # this very process runs from the snapshot
             shutil.copytree(source, beside / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            # an installed wheel has what the compiled part needs beside it
+            if (carried := source.parent / CARRIED).is_dir():
+                shutil.copytree(carried, beside / CARRIED, dirs_exist_ok=True)
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
         if target.exists():
             os.rename(target, old)

@@ -8,7 +8,6 @@ knows nothing of sudden deaths. Here the batch script runs `launcher.slurm.super
 from __future__ import annotations
 
 import shlex
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from submitit.slurm.slurm import SlurmJob, _make_sbatch_string
 
 from data_pipeline.core.errors import UserError
 from launcher.config import ClusterConfig, minutes
+from launcher.slurm import container
 from mokd.runs.exit_codes import DECIDED
 
 # how often the batch script itself tries again when not even the supervisor could start: a node without file system
@@ -84,10 +84,18 @@ def parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
 
 
 class Script:
-    """The batch script of a run, or of the runs of a sweep."""
+    """The batch script of a run, or of the runs of a sweep; `paths` are what a container must see."""
 
-    def __init__(self, cluster: ClusterConfig, name: str, folder: Path, code: Path, supervised: Sequence[str]):
-        self.cluster, self.name, self.folder, self.code = cluster, name, folder, code
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        name: str,
+        folder: Path,
+        code: Path,
+        supervised: Sequence[str],
+        paths: Sequence[Path] = (),
+    ):
+        self.cluster, self.name, self.folder, self.code, self.paths = cluster, name, folder, code, paths
         self.supervised = supervised  # the supervisor's arguments, up to the command of the ranks
 
     def text(self, runs: int | None = None) -> str:
@@ -109,7 +117,7 @@ class Script:
     def _command(self, array: bool) -> str:
         paths = utils.JobPaths(self.folder)
         logs = [str(path).replace("%j", "%A_%a" if array else "%j") for path in (paths.stdout, paths.stderr)]
-        python = [sys.executable, "-u", "-m"]
+        words = container.rank_words(self.cluster, self.paths, self.code)
         ranks = [
             *("srun", "--unbuffered", "--open-mode=append", "--output", logs[0], "--error", logs[1]),
             # since SLURM 22.05 a step does not inherit this from the job
@@ -117,9 +125,11 @@ class Script:
             # a dead rank ends the step; the supervisor shortens SLURM's patience with the others
             "--kill-on-bad-exit=1",
             *self.cluster.srun,
-            *(*python, "submitit.core._submit", str(self.folder)),
+            *words.srun,
+            *(*words.python, "-m", "submitit.core._submit", str(self.folder)),
         ]
-        return shlex.join([*python, "launcher.slurm.supervisor", *self.supervised, "--", *ranks])
+        python = container.batch_words(self.paths, self.code)
+        return shlex.join([*python, "-m", "launcher.slurm.supervisor", *self.supervised, "--", *ranks])
 
 
 class SupervisedExecutor(submitit.SlurmExecutor):

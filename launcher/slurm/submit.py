@@ -20,7 +20,7 @@ from launcher.config import ClusterConfig, minutes
 from launcher.runs import code_snapshot
 from launcher.runs.permissions import make_private
 from launcher.runs.records import Launch, Records
-from launcher.slurm import client
+from launcher.slurm import client, container
 from launcher.slurm.rank_entry import ENTRY, run_rank
 from launcher.slurm.sbatch_script import Script, SupervisedExecutor
 from launcher.slurm.status import current_job
@@ -31,7 +31,10 @@ from mokd.runs.processes import process_start
 from mokd.runs.run_directory import RunDirectory
 
 LEAVING_SECONDS = 120.0
-NO_SLURM = "SLURM's commands are not on this machine; run the job right here with --local, or log in to the cluster"
+NO_SLURM = (
+    "SLURM's commands are not on this machine; run the job right here with --local, or log in to the cluster; "
+    "inside of a container, bind the host's (docs/containers.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def submit(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = True, 
     code = _prepare(run, new_code)
     records = Records(run)
     launch = records.new_launch("slurm", cluster.model_dump(mode="json"), run.jobs)
-    script = run_script(run, cluster, launch.number)
+    script = run_script(run, run.config(), cluster, launch.number)
     try:
         job = SupervisedExecutor(script).submit(run_rank, str(run.path), entry)
     except (UserError, OSError):
@@ -80,10 +83,12 @@ def submit(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = True, 
     return Submitted(run, job.job_id)
 
 
-def run_script(run: RunDirectory, cluster: ClusterConfig, launch: int) -> Script:
+def run_script(run: RunDirectory, config: RunConfig, cluster: ClusterConfig, launch: int) -> Script:
     """The batch script of one run."""
     path = runnable_path(run.path)
-    return Script(cluster, f"mokd {path.name}", path / "jobs", path / "code", ["--launch", str(launch), str(path)])
+    supervised = ["--launch", str(launch), str(path)]
+    paths = container.run_paths(config, path)
+    return Script(cluster, f"mokd {path.name}", path / "jobs", path / "code", supervised, paths)
 
 
 def submit_array(
@@ -99,7 +104,7 @@ def submit_array(
     make_private(jobs)
     replace_text(folder / "runs.txt", "".join(f"{run.path}\n" for run in runs), durable=True)
     launches = [Records(run).new_launch("slurm", cluster.model_dump(mode="json"), jobs) for run in runs]
-    executor = SupervisedExecutor(array_script(folder, cluster, name))
+    executor = SupervisedExecutor(array_script(folder, [run.config() for run in runs], cluster, name))
     try:
         with executor.batch():
             submitted = [executor.submit(run_rank, str(run.path), entry) for run in runs]
@@ -112,10 +117,12 @@ def submit_array(
     return [Submitted(run, job.job_id) for run, job in zip(runs, submitted, strict=True)]
 
 
-def array_script(folder: Path, cluster: ClusterConfig, name: str) -> Script:
+def array_script(folder: Path, configs: Sequence[RunConfig], cluster: ClusterConfig, name: str) -> Script:
     """The batch script of a sweep; every run of it is new, so this is launch 1 of each."""
     supervised = ["--launch", "1", "--runs", str(folder / "runs.txt")]
-    return Script(cluster, f"mokd {name}", folder / "jobs", folder / "code", supervised)
+    # the runs lie beside the sweep's own folder
+    paths = container.outermost([path for config in configs for path in container.run_paths(config, folder.parent)])
+    return Script(cluster, f"mokd {name}", folder / "jobs", folder / "code", supervised, paths)
 
 
 def submit_local(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = True, entry: str = ENTRY) -> Submitted:
