@@ -108,7 +108,7 @@ class _Terms:
         self.dots = torch.zeros(len(targets), dtype=torch.float64, device=device)
 
     def cut(self, index: tuple[Any, ...], scale: float) -> list[Cut]:
-        """The targets as a block of logits meets them; each comparison weighs `scale` times what it does in the loss."""
+        """The targets as a block of logits meets them; a comparison weighs `scale` times what it does in the loss."""
         pairs = zip(self.targets, self.coefficients, strict=True)
         return [Cut(t.probabilities[index], t.weight * c * scale, t.paired, t.first_view) for t, c in pairs]
 
