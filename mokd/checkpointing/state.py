@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.reading import Checkpoint, SavedTensors
+from mokd.checkpointing.storage import Snapshot
 from mokd.config import BranchConfig, RunConfig
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
@@ -37,9 +38,7 @@ CHANGEABLE = re.compile(
 )
 
 
-def collect(
-    branches: Sequence[TeachingBranch], objective: Objective[Any], *, main: bool
-) -> dict[str, dict[str, Tensor]]:
+def collect(branches: Sequence[TeachingBranch], objective: Objective[Any], *, main: bool) -> Snapshot:
     """Everything that changes while training, copied to host memory, by file; nothing where not `main`.
 
     Sharded tensors are put together one by one, so that no rank ever holds more than one of them in the device's
@@ -110,7 +109,7 @@ def branch_file(name: str) -> str:
 
 def network_tensors(checkpoint: Checkpoint, branch: str, network: str) -> dict[str, Tensor]:
     """The state dict of a branch's `student` or `teacher`."""
-    return _below(checkpoint.tensors(branch_file(branch)), f"{network}.")
+    return below(checkpoint.tensors(branch_file(branch)), f"{network}.")
 
 
 def identity(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +195,8 @@ def _branch_tensors(branch: TeachingBranch) -> dict[str, Tensor]:
     return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, named without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

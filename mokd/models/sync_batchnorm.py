@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mokd.losses.kernels.targets import at_least_fp32
 from mokd.models import batchnorm_kernels as kernels
 
 
@@ -78,7 +79,7 @@ class CpuSyncBatchNorm(_SyncBatchNorm):
 
     def _over_ranks(self, input: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            x = input if input.dtype == torch.float64 else input.float()
+            x = at_least_fp32(input)
             dims = [0, *range(2, x.ndim)]
             shape = [1, -1] + [1] * (x.ndim - 2)
             # two passes: the variance of centred values does not cancel

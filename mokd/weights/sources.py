@@ -19,7 +19,7 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.hold import newest_held
-from mokd.checkpointing.state import branch_file, network_tensors
+from mokd.checkpointing.state import below, branch_file, network_tensors
 from mokd.config import BranchConfig, InitSource, parse_init
 from mokd.models.backbones import build_backbone, timm_arguments
 from mokd.runs.files import file_checksum, read_json
@@ -172,8 +172,7 @@ def _from_run(source: InitSource, branch: BranchConfig, arguments: Arguments, ow
         raise UserError(f"{owner}.init: {run.path}: {error.strerror}; or give a file that mokd export wrote") from None
     facts = {"source": taken, "source_sha256": checksum, "license": None}
     prefix = "backbone."
-    backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return backbone, {key: value for key, value in tensors.items() if not key.startswith(prefix)}, facts
+    return below(tensors, prefix), {key: value for key, value in tensors.items() if not key.startswith(prefix)}, facts
 
 
 def _from_file(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:
