@@ -183,10 +183,9 @@ def measure_shapes(
                     f"branches.{config.name}: '{config.backbone}' cannot take crops of {size} px: {_line(error)}; "
                     "change the crop's size_px or the network's patch or image size"
                 ) from None
-            if features.grid**2 != features.tokens.shape[1]:
-                raise UserError(
-                    f"branches.{config.name}: '{config.backbone}' gives {features.tokens.shape[1]} tokens, not a grid"
-                )
+            tokens = features.tokens.shape[1]
+            if features.grid**2 != tokens:
+                raise UserError(f"branches.{config.name}: '{config.backbone}' gives {tokens} tokens, not a grid")
             grids[size] = features.grid
     assert features is not None, "at least one crop size"
     return BackboneShapes(features.pooled.shape[1], features.tokens.shape[2], backbone.is_sequence, grids)

@@ -35,7 +35,8 @@ class BranchOptimizer:
         self._registered = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.shard_group = shard_group(self._registered.values())
         # what is optimised: the parameters themselves, or this rank's pieces of them
-        self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
+        own = {name: nn.Parameter(piece(p)) if is_sharded(p) else p for name, p in self._registered.items()}
+        self._named = list(own.items())
         groups = list(_groups(self._named, branch, student))
         self._main = config = branch.own_optimizer
         # the fused optimisers read and write everything once: on CPUs several times as fast as foreach
@@ -159,25 +160,19 @@ def layer_factors(student: TrainableNetwork, config: OptimizerConfig, owner: str
     for each block below it, most for the stem (BEiT, arXiv 2106.08254, appendix; timm counts the layers). Empty where
     no factor is asked for; UserError where timm cannot tell the layers of a network apart.
     """
-    if config.backbone_lr_factor == config.layer_decay == 1.0:
+    factor, decay = config.backbone_lr_factor, config.layer_decay
+    if factor == decay == 1.0:
         return {}
     net: Any = student.backbone.net
     names = [name for name, _ in net.named_parameters()]
     distances = dict.fromkeys(names, 0)
-    if config.layer_decay != 1.0:
+    if decay != 1.0:
         if not hasattr(net, "group_matcher"):
             raise UserError(f"{owner}.optimizer.layer_decay: timm does not tell the layers of this network apart")
         layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
         top = max(layers.values()) + 1
         distances = {name: top - layer for name, layer in layers.items()}
-    return {
-        f"backbone.net.{name}": config.backbone_lr_factor * config.layer_decay**distance
-        for name, distance in distances.items()
-    }
-
-
-def _optimised(p: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(piece(p)) if is_sharded(p) else p
+    return {f"backbone.net.{name}": factor * decay**distance for name, distance in distances.items()}
 
 
 @torch.no_grad()

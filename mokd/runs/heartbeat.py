@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from mokd.runs.files import read_json, replace_json
@@ -114,13 +113,10 @@ def _host() -> str:
 
 def process_began() -> float:
     """When this process was started, in seconds since the epoch; now, where the kernel does not say."""
-    now = time.time()
-    try:
-        # the name in parentheses may hold anything, spaces included
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError):
+    now, started = time.time(), process_start(os.getpid())
+    if started is None:
         return now
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK"))
 
 
 def read_heartbeats(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:

@@ -67,19 +67,15 @@ def _from_timm(source: InitSource, branch: BranchConfig, arguments: Arguments, o
         config = timm.create_model(branch.backbone, pretrained=False).pretrained_cfg
     place = config.get("hf_hub_id") or config.get("url")
     if not place:
-        near = timm.list_pretrained(f"{branch.backbone[:6]}*")[:4]
-        raise UserError(
-            f"{where}: timm has no weights of '{branch.backbone}'; it has some of {', '.join(near) or 'others'}"
-        )
+        near = ", ".join(timm.list_pretrained(f"{branch.backbone[:6]}*")[:4]) or "others"
+        raise UserError(f"{where}: timm has no weights of '{branch.backbone}'; it has some of {near}")
     with _reachable(where, place):
         if config.get("hf_hub_id") and config.get("custom_load") != "hf":
             # from the cache without asking the hub, which timm does first, again and again where there is no network
             name = config.get("hf_hub_filename") or "pytorch_model.bin"
             safe = "model.safetensors" if name == "pytorch_model.bin" else str(Path(name).with_suffix(".safetensors"))
-            arguments = {
-                **arguments,
-                "pretrained_cfg_overlay": {"file": str(_hub_file(config["hf_hub_id"], safe, name))},
-            }
+            file = str(_hub_file(config["hf_hub_id"], safe, name))
+            arguments = {**arguments, "pretrained_cfg_overlay": {"file": file}}
         try:
             net = timm.create_model(branch.backbone, pretrained=True, **arguments)
         except RuntimeError as error:
