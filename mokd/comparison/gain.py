@@ -151,14 +151,14 @@ def _check_steps(evaluations: Mapping[Path, Evaluation], force: bool, remarks: l
 
 
 def _gain(
-    method: Method, branch: str, evaluations: Mapping[Path, Evaluation], at: float | None, resamples: int
+    method: Method, branch: str, known: Mapping[Path, Evaluation], at: float | None, resamples: int
 ) -> BranchGain:
     records: list[dict[str, Any]] = []
     right: dict[str, list[NDArray[np.bool_]]] = {"pair": [], "solo": []}  # of every run, which images `[M]`
     curves: dict[str, dict[int, Curve]] = {"pair": {}, "solo": {}}
     for side, runs in (("pair", method.pair), ("solo", method.solo[branch])):
         for seed, run in runs.items():
-            evaluation = evaluations[run.path]
+            evaluation = known[run.path]
             record = _record(evaluation, branch, at, run.path)
             records.append({"side": side, "seed": seed, "run": str(run.path), **record})
             right[side].append(evaluation.predictions[record["predictions"]] == evaluation.labels)

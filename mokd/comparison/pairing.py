@@ -24,9 +24,7 @@ _CROSS = r"objective\.((terms|ramps)\.cross_\w+|cross_\w+|center_search|residual
 # an ablation is compared with the baseline that has all terms of its own
 _TERMS = "objective.terms."
 # what distils frozen branches has no baseline of its own kind: alone, nothing is left to learn from
-_DISTILLED = re.compile(
-    r"objective\.|views\.local_crops\.|branches\.[\w-]+\.(mlp_head|t_head_group|teacher_temp_warmup)"
-)
+_DISTILLED = re.compile(r"objective\.|views\.local_crops\.|branches\.[\w-]+\.(mlp_head|t_head_group|teacher_temp_)")
 
 
 @dataclass(frozen=True)

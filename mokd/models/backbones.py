@@ -91,7 +91,7 @@ class BackboneShapes:
 
 def create_net(config: BranchConfig, image_px: int, drop_path: float, channels: int = 3) -> nn.Module:
     """The timm network of a branch, randomly initialised; UserError when timm does not know it or its options."""
-    net, _ = _from_timm(config, image_px, drop_path, channels)
+    net, _ = _timm_net(config, image_px, drop_path, channels)
     positions.use_in(net)
     if isinstance(token := getattr(net, "cls_token", None), nn.Parameter):
         nn.init.trunc_normal_(token, std=0.02)  # timm's 1e-6 makes all class tokens zero at first
@@ -103,12 +103,10 @@ def create_net(config: BranchConfig, image_px: int, drop_path: float, channels: 
 def timm_arguments(config: BranchConfig, image_px: int, channels: int = 3) -> dict[str, Any]:
     """What `timm.create_model` takes besides the name for the network that `create_net` builds."""
     with torch.device("meta"):
-        return _from_timm(config, image_px, 0.0, channels)[1]
+        return _timm_net(config, image_px, 0.0, channels)[1]
 
 
-def _from_timm(
-    config: BranchConfig, image_px: int, drop_path: float, channels: int
-) -> tuple[nn.Module, dict[str, Any]]:
+def _timm_net(config: BranchConfig, image_px: int, drop_path: float, channels: int) -> tuple[nn.Module, dict[str, Any]]:
     """A network as timm builds it, and the arguments that it was built with."""
     entry = f"branches.{config.name}.backbone"
     if not timm.is_model(config.backbone):

@@ -213,10 +213,8 @@ class Teachers:
                 wanted = sorted(temperatures[i][h])
                 for temperature in wanted:
                     # the last may take the memory of the logits
-                    found = teacher_probabilities(
-                        logits, centers[i, h], temperature, in_place=temperature == wanted[-1]
-                    )
-                    self._known[i, h, temperature] = found
+                    p = teacher_probabilities(logits, centers[i, h], temperature, in_place=temperature == wanted[-1])
+                    self._known[i, h, temperature] = p
         self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
 
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:

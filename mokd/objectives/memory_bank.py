@@ -56,14 +56,12 @@ class MemoryBank:
         self.written = int(tensors["written"])
 
 
-def memory_banks(
-    config: BankConfig, widths: Mapping[str, int], seed: int, device: torch.device
-) -> dict[str, MemoryBank]:
+def memory_banks(bank: BankConfig, widths: Mapping[str, int], seed: int, device: torch.device) -> dict[str, MemoryBank]:
     """Banks by branch, of keys as wide as the branch's; each is drawn from the run's seed and its branch's name."""
     # fp32, unless everything is computed in more
-    dtype = torch.bfloat16 if config.storage == "bf16" else torch.get_default_dtype()
+    dtype = torch.bfloat16 if bank.storage == "bf16" else torch.get_default_dtype()
     seeds = {name: derive_seed(seed, "memory bank", name) for name in widths}
-    return {n: MemoryBank(config.size, width, seed=seeds[n], dtype=dtype, device=device) for n, width in widths.items()}
+    return {n: MemoryBank(bank.size, width, seed=seeds[n], dtype=dtype, device=device) for n, width in widths.items()}
 
 
 def bank_tensors(kind: str, banks: Mapping[str, MemoryBank]) -> dict[str, Tensor]:

@@ -31,10 +31,8 @@ class Heartbeat:
     start the parts.
     """
 
-    def __init__(
-        self, run: RunDirectory, attempt: int, rank: int, parts_before: Mapping[str, float] | None = None
-    ) -> None:
-        """parts_before: parts of the start that came before the attempt was known, in order, with their beginnings."""
+    def __init__(self, run: RunDirectory, attempt: int, rank: int, before: Mapping[str, float] | None = None) -> None:
+        """before: parts of the start that came before the attempt was known, in order, with their beginnings."""
         self._run, self._attempt, self._rank = run, attempt, rank
         self._file = run.heartbeats / f"rank-{rank}.json"
         self._phases = run.phases_file(attempt)
@@ -43,7 +41,7 @@ class Heartbeat:
         self._closed = threading.Event()
         for folder in (self._file.parent, self._phases.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        for part, began in (parts_before or {}).items():
+        for part, began in (before or {}).items():
             self._record({"time": began, "phase": "start", "part": part, "step": 0})
         self.phase("start", int(run.read_status().get("step", 0)))
         self._write()
