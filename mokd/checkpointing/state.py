@@ -14,6 +14,7 @@ from data_pipeline.core.errors import UserError
 from mokd.checkpointing.reading import Checkpoint, SavedTensors
 from mokd.checkpointing.storage import Snapshot
 from mokd.config import BranchConfig, RunConfig
+from mokd.config.leaves import leaves
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, TeachingBranch
@@ -138,17 +139,7 @@ def _plain(value: Any) -> Any:
 def changeable(config: RunConfig) -> dict[str, Any]:
     """The values of everything that may be changed on the way, by key path."""
     document = config.model_dump(mode="json", include={"branches", "objective", "optim", "precision"})
-    leaves = _leaves("", document)
-    return {path: value for path, value in leaves if CHANGEABLE.fullmatch(path)}
-
-
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if inside is None:
-        yield path, value
-        return
-    for key, part in inside:
-        yield from _leaves(f"{path}.{key}" if path else str(key), part)
+    return {path: value for path, value in leaves(document, every_list=True) if CHANGEABLE.fullmatch(path)}
 
 
 def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError
 from mokd.config import DistillationConfig, RunConfig
+from mokd.config.leaves import leaves
 from mokd.runs.run_directory import RunDirectory
 
 Settings = Mapping[str, Any]
@@ -77,8 +78,8 @@ def settings(config: RunConfig, branch: str | None = None) -> dict[str, Any]:
         if alone:
             del values["weight"], values["weight_ramp"]
     left_out = re.compile(rf"({_IRRELEVANT}|{_CROSS})(\..*)?" if alone else rf"({_IRRELEVANT})(\..*)?")
-    flat = {key: value for key, value in _flat("", document) if not left_out.fullmatch(key)}
-    return {**flat, "branches": sorted(branches), **dict(_flat("branches", branches))}
+    flat = {key: value for key, value in leaves(document) if not left_out.fullmatch(key)}
+    return {**flat, "branches": sorted(branches), **dict(leaves(branches, "branches"))}
 
 
 def differences(a: Settings, b: Settings) -> list[str]:
@@ -195,11 +196,3 @@ def _labels(configs: Sequence[RunConfig]) -> list[str]:
         changed = [f"{k.removeprefix('objective.')}={own.get(k)}" for k in differences(settings(reference), own)]
         labels.append(" ".join([kind, *changed]))
     return labels
-
-
-def _flat(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for key, below in value.items():
-        yield from _flat(f"{prefix}.{key}" if prefix else key, below)

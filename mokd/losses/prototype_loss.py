@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from data_pipeline.core.triton_support import why_no_triton
+from mokd.distributed.host_copy import constant
 from mokd.losses.kernels import cpu, onednn, plain
 from mokd.losses.kernels.scratch import empty
 from mokd.losses.kernels.targets import Cut, Cuts, Target, at_least_fp32
@@ -114,21 +115,15 @@ class _Terms:
 
     def mass_of_rows(self, scale: float, like: Tensor) -> Tensor:
         """The sum of the weights of a row's comparisons, times `scale`: `[V, 1, 1]`."""
-        return _constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
+        return constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
 
     def values(self, log_z: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms, and the terms `[len(targets)]`, for `logsumexp(z)` `[V, B]`."""
-        constant = partial(_constant, dtype=torch.float64, device=log_z.device)
-        comparisons = torch.stack([constant(tuple(map(float, n))) for n in self.comparisons])
-        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * constant(tuple(self.coefficients))
-        total = (terms * constant(tuple(t.weight for t in self.targets))).sum()
+        exact = partial(constant, dtype=torch.float64, device=log_z.device)
+        comparisons = torch.stack([exact(tuple(map(float, n))) for n in self.comparisons])
+        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * exact(tuple(self.coefficients))
+        total = (terms * exact(tuple(t.weight for t in self.targets))).sum()
         return total.to(log_z.dtype), terms.to(log_z.dtype)
-
-
-@lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: bringing numbers to a GPU makes the host wait for it."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class _GradientsFromForward(torch.autograd.Function):

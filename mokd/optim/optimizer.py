@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.config import BranchConfig, GroupConfig, OptimConfig, OptimizerConfig
+from mokd.distributed.host_copy import constant
 from mokd.distributed.sharding import assemble, is_sharded, own_rows, piece, shard_group
 from mokd.models.trainable import TrainableNetwork
 from mokd.optim.schedules import cosine, warmup_cosine
@@ -213,7 +213,7 @@ def scale_each(tensors: list[Tensor], factors: Tensor) -> None:
     lines = [_in_memory_order(tensors[i]) for i in small]
     sizes = tuple(line.numel() for line in lines)
     flat = torch.cat(lines)
-    counts, chosen = (_constant(numbers, flat.device) for numbers in (sizes, tuple(small)))
+    counts, chosen = (constant(numbers, torch.int64, flat.device) for numbers in (sizes, tuple(small)))
     flat *= factors[chosen].to(flat.dtype).repeat_interleave(counts, output_size=flat.numel())  # no wait for the sum
     torch._foreach_copy_(lines, list(flat.split(sizes)))
 
@@ -221,9 +221,3 @@ def scale_each(tensors: list[Tensor], factors: Tensor) -> None:
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """The elements as they lie, `[n]`, sharing memory; in channels-last order too."""
     return tensor.as_strided((tensor.numel(),), (1,))
-
-
-@lru_cache(maxsize=16)
-def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once: bringing numbers to a GPU makes the host wait for it."""
-    return torch.tensor(numbers, device=device)
