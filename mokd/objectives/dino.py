@@ -81,12 +81,7 @@ class DinoObjective:
         return epoch >= self.frozen_epochs, *temperatures, *weights
 
     def loss(
-        self,
-        branch: Branch,
-        branches: Sequence[TeachingBranch],
-        teachers: Teachers,
-        views: Sequence[Tensor],
-        epoch: int,
+        self, branch: Branch, branches: Sequence[TeachingBranch], taught: Teachers, views: Sequence[Tensor], epoch: int
     ) -> BranchLoss:
         """The loss of a branch, which learns from its own teacher and from all others."""
         i, weights = branches.index(branch), self._weights(branch.config, epoch)
@@ -96,21 +91,21 @@ class DinoObjective:
         student: NetworkOutput = branch.forward_student(list(views))
         self._beside.join()
         with torch.no_grad():
-            mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), weights["self_mlp"])}
+            mlp = {"self_mlp": Target(taught.probabilities(i, 0, own), weights["self_mlp"])}
             if others and self._on("cross_mlp", epoch):
                 # with several others the mean of their targets is the target of the mean loss
-                probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
+                probabilities = _mean([taught.probabilities(j, 0, cross) for j in others])
                 mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"])
                 if self.config.cross_same_view:
                     everyones = _for_all_views(probabilities, self.views.count)
                     mlp["cross_mlp"] = Target(everyones, weights["cross_mlp"], paired=False)
         losses = [self._head_loss(student.mlp, mlp, epoch)]
         with torch.no_grad():
-            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), weights["self_thead"])}
+            t_head = {"self_thead": Target(taught.probabilities(i, 1, own), weights["self_thead"])}
             if others and self._on("cross_search", epoch):
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
-                found = _mean([self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others])
+                found = _mean([self._search(j, branches[j], taught.outputs[j], queries, cross) for j in others])
                 t_head["cross_search"] = Target(found, weights["cross_search"], paired=False, first_view=first)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
