@@ -79,10 +79,8 @@ def _curves(gathering: Gathering, attention: dict[str, Any], field: dict[str, An
             layers = list(attention[other.label].values())
             for block, heads in enumerate(layers, 1):
                 one.plot([block] * len(heads), heads, ".", color=color, ms=4, alpha=0.6)
-            means = [sum(heads) / len(heads) for heads in layers]
-            one.plot(
-                range(1, len(layers) + 1), means, style, color=color, lw=1.8, label=f"{other.label}: mean of heads"
-            )
+            blocks, means = range(1, len(layers) + 1), [sum(heads) / len(heads) for heads in layers]
+            one.plot(blocks, means, style, color=color, lw=1.8, label=f"{other.label}: mean of heads")
         one.set_title(f"{member.branch}: attention distance", fontsize=10, loc="left")
         one.set_ylabel("mean distance (pixels); a dot per head", fontsize=9)
     for one, member in zip(axes[len(seeing) :], gathering.own, strict=True):

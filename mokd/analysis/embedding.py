@@ -59,11 +59,8 @@ def find(gathering: Gathering) -> Iterator[Finding]:
         places = embed(known.take(rows), gathering.config.seed)
         numbers[member.label] = [[round(float(x), 3) for x in place] for place in places]
         for color, label in zip(figures.COLORS, classes, strict=False):
-            mine = labels == label
-            name = test.classes[label]
-            handles[name] = one.scatter(
-                *places[mine].T, s=10, color=color, edgecolors="white", linewidths=0.2, label=name
-            )
+            mine, name = places[labels == label].T, test.classes[label]
+            handles[name] = one.scatter(*mine, s=10, color=color, edgecolors="white", linewidths=0.2, label=name)
         one.set(xticks=[], yticks=[])
         one.spines[:].set_visible(False)
         one.set_title(member.label, fontsize=10, loc="left")

@@ -80,7 +80,7 @@ def analyze(request: AnalysisRequest) -> Iterator[Written]:
             if lack is not None and name in request.what:
                 raise UserError(f"--what {name}: {lack}")
         first = main.subjects[0]
-        folder = _folder(main) / (request.name or _default_name(first.network, first.step))
+        folder = _folder(main) / (request.name or first.network + (f"-step-{first.step}" if first.step else ""))
         about = _about(jobs)
         for name, lack in lacking.items():
             if lack is not None:
@@ -96,10 +96,8 @@ def _check(request: AnalysisRequest) -> None:
             raise UserError(f"--what: given '{name}', expected some of {','.join(PARTS)}")
     if request.device not in DEVICES:
         raise UserError(f"--device: given '{request.device}', expected {' or '.join(DEVICES)}")
-    if request.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", request.name):
-        raise UserError(
-            f"--name: given {request.name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)"
-        )
+    if (name := request.name) is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--name: given {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)")
 
 
 def _prepared(request: Request, step: int | None, stack: ExitStack) -> Job:
@@ -134,10 +132,6 @@ def _baseline(request: AnalysisRequest, main: Job, solo: Path, stack: ExitStack)
 def _folder(main: Job) -> Path:
     source = main.request.source
     return source.with_name(source.name + ".analysis") if source.is_file() else source / "analysis"
-
-
-def _default_name(network: str, step: int) -> str:
-    return f"{network}-step-{step}" if step else network
 
 
 def _about(jobs: Sequence[Job]) -> dict[str, Any]:

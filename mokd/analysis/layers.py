@@ -6,8 +6,9 @@ Shape letters: B images, H x W grid of a map, C channels, h heads, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,20 +36,15 @@ def captured_maps(backbone: Backbone) -> Generator[dict[str, Tensor]]:
     if not blocks:
         raise UserError("a network without repeated blocks has no layers to look at")
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _given: Any, output: Any) -> None:
-            found = _as_map(backbone, output[0] if isinstance(output, tuple | list) else output)
-            if found is not None:
-                maps[name] = found
+    def keep(name: str, _module: nn.Module, _given: Any, output: Any) -> None:
+        found = _as_map(backbone, output[0] if isinstance(output, tuple | list) else output)
+        if found is not None:
+            maps[name] = found
 
-        return hook
-
-    handles = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
-    try:
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(block.register_forward_hook(partial(keep, name)))
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_map(backbone: Backbone, output: Tensor) -> Tensor | None:
@@ -61,34 +57,25 @@ def _as_map(backbone: Backbone, output: Tensor) -> Tensor | None:
     return tokens.unflatten(1, (side, side)) if side else None
 
 
-def _attentions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """timm's attention modules below a module, by name: their weights pass through `attn_drop` unless fused."""
-    for name, part in module.named_modules():
-        if hasattr(part, "fused_attn") and isinstance(getattr(part, "attn_drop", None), nn.Module):
-            yield name, part
-
-
 @contextmanager
 def attention_read(module: nn.Module, read: Callable[[str, Tensor], None]) -> Generator[None]:
     """Within, `read` gets the name and the weights `[B, h, N, N]` (rows sum to 1) of every attention that runs.
 
     They are computed openly instead of by a fused kernel, in the order of the network, and are not kept.
     """
-    found = list(_attentions(module))
-    fused = [part.fused_attn for _, part in found]
 
-    def reader(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, given: read(name, given[0])
+    def pass_on(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read(name, given[0])
 
-    handles = [part.attn_drop.register_forward_pre_hook(reader(name)) for name, part in found]  # type: ignore[union-attr]
-    try:
-        for _, part in found:
-            part.fused_attn = False  # type: ignore[assignment]
+    with ExitStack() as stack:
+        for name, part in module.named_modules():
+            # timm's attentions: their weights pass through `attn_drop` unless fused
+            dropout = getattr(part, "attn_drop", None)
+            if hasattr(part, "fused_attn") and isinstance(dropout, nn.Module):
+                stack.callback(setattr, part, "fused_attn", part.fused_attn)
+                part.fused_attn = False  # type: ignore[assignment]
+                stack.enter_context(dropout.register_forward_pre_hook(partial(pass_on, name)))
         yield
-    finally:
-        for handle, (_, part), before in zip(handles, found, fused, strict=True):
-            handle.remove()
-            part.fused_attn = before
 
 
 def square_side(tokens: int) -> int | None:

@@ -69,9 +69,8 @@ def find_attention(gathering: Gathering) -> Iterator[Finding]:
             tiles += [figures.Tile(picture, head, words=f"head {h + 1}") for h, head in enumerate(heads[:HEADS])]
             rows.append(tiles)
             names.append(member.label)
-    alt = (
-        f"Attention in the last block of {', '.join(numbers)} over {len(pictures)} images: all heads, then single ones."
-    )
+    whose = f"{', '.join(numbers)} over {len(pictures)} images"
+    alt = f"Attention in the last block of {whose}: all heads, then single ones."
     samples = gathering.test.ids[gathering.shown].tolist()
     yield Finding("attention", alt, {"samples": samples, "mean_over_heads": numbers}, figures.sheet(rows, names))
 

@@ -84,19 +84,14 @@ def find_rank(gathering: Gathering) -> Iterator[Finding]:
     sets = gathering.features(gathering.test)
     numbers = {}
     for member, known in zip(gathering.members, sets, strict=True):
-        rank = rank_me(known.take(gathering.sampled))
-        numbers[member.label] = {
-            "rank_me": rank,
-            "width": known.width,
-            "largest": min(known.width, len(gathering.sampled)),
-        }
+        rank, largest = rank_me(known.take(gathering.sampled)), min(known.width, len(gathering.sampled))
+        numbers[member.label] = {"rank_me": rank, "width": known.width, "largest": largest}
     figure, (axes,) = figures.panels(1, 4.6, 0.9 + 0.5 * len(numbers))
     labels = list(numbers)[::-1]
     colors = [figures.ALONE if m.alone else figures.COLORS[i % 10] for i, m in enumerate(gathering.members)][::-1]
     bars = axes.barh(labels, [numbers[label]["rank_me"] for label in labels], color=colors)
-    axes.bar_label(
-        bars, [f"{numbers[label]['rank_me']:.1f} of {numbers[label]['largest']}" for label in labels], padding=3
-    )
+    words = [f"{numbers[label]['rank_me']:.1f} of {numbers[label]['largest']}" for label in labels]
+    axes.bar_label(bars, words, padding=3)
     axes.set_xlabel("RankMe of the pooled features")
     axes.margins(x=0.25)
     said = "; ".join(f"{label} {found['rank_me']:.1f} of {found['largest']}" for label, found in numbers.items())

@@ -56,7 +56,8 @@ def to_resume_from(run: RunDirectory, every_steps: int | None, *, aside: bool = 
         return found
     damaged = sorted(path.name for path in run.checkpoints.glob("*step-*") if not path.name.startswith("."))
     mark = run.read_status()
-    saved, logged = int(mark.get("checkpoint_step", 0)), _last_logged(run)
+    saved = int(mark.get("checkpoint_step", 0))
+    logged = max((int(record.get("step", 0)) for record in read_metrics(run.metrics_file)), default=0)
     if mark.get("state") in ("stopped", "done"):  # which both save
         saved = max(saved, int(mark.get("step", 0)))
     problem = None
@@ -94,10 +95,6 @@ def begin_search(run: RunDirectory, every_steps: int | None) -> Callable[[], Che
     return found.result
 
 
-def _last_logged(run: RunDirectory) -> int:
-    return max((int(record.get("step", 0)) for record in read_metrics(run.metrics_file)), default=0)
-
-
 def restart(run: RunDirectory) -> Path:
     """Moves what a run has written aside, to `before-restart-<n>/` in it, to begin at step 0. Returns where."""
     aside = _aside(run, "before-restart")
@@ -112,9 +109,8 @@ def at_step(run: RunDirectory, step: int) -> Checkpoint:
     """The checkpoint of a step; UserError where it is not there or not whole."""
     there = [storage.step_of(found) for found in storage.step_directories(run)]
     if step not in there:
-        raise UserError(
-            f"--from-step {step}: {run.path} has checkpoints of steps {', '.join(map(str, there)) or 'none'}"
-        )
+        steps = ", ".join(map(str, there)) or "none"
+        raise UserError(f"--from-step {step}: {run.path} has checkpoints of steps {steps}")
     path = storage.step_directory(run, step)
     try:
         return read_checkpoint(path)

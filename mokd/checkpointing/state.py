@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.reading import Checkpoint, SavedTensors
+from mokd.checkpointing.storage import Snapshot
 from mokd.config import BranchConfig, RunConfig
+from mokd.config.leaves import leaves
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, TeachingBranch
@@ -37,9 +39,7 @@ CHANGEABLE = re.compile(
 )
 
 
-def collect(
-    branches: Sequence[TeachingBranch], objective: Objective[Any], *, main: bool
-) -> dict[str, dict[str, Tensor]]:
+def collect(branches: Sequence[TeachingBranch], objective: Objective[Any], *, main: bool) -> Snapshot:
     """Everything that changes while training, copied to host memory, by file; nothing where not `main`.
 
     Sharded tensors are put together one by one, so that no rank ever holds more than one of them in the device's
@@ -110,7 +110,7 @@ def branch_file(name: str) -> str:
 
 def network_tensors(checkpoint: Checkpoint, branch: str, network: str) -> dict[str, Tensor]:
     """The state dict of a branch's `student` or `teacher`."""
-    return _below(checkpoint.tensors(branch_file(branch)), f"{network}.")
+    return below(checkpoint.tensors(branch_file(branch)), f"{network}.")
 
 
 def identity(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,17 +139,7 @@ def _plain(value: Any) -> Any:
 def changeable(config: RunConfig) -> dict[str, Any]:
     """The values of everything that may be changed on the way, by key path."""
     document = config.model_dump(mode="json", include={"branches", "objective", "optim", "precision"})
-    leaves = _leaves("", document)
-    return {path: value for path, value in leaves if CHANGEABLE.fullmatch(path)}
-
-
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if inside is None:
-        yield path, value
-        return
-    for key, part in inside:
-        yield from _leaves(f"{path}.{key}" if path else str(key), part)
+    return {path: value for path, value in leaves(document, every_list=True) if CHANGEABLE.fullmatch(path)}
 
 
 def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
@@ -196,7 +186,8 @@ def _branch_tensors(branch: TeachingBranch) -> dict[str, Tensor]:
     return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, named without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

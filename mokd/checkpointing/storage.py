@@ -50,7 +50,8 @@ def publish(run: RunDirectory, attempt: int, step: int, snapshot: Snapshot, stat
             return True  # the same step saved twice, for an interval and for a stop
         except DamagedCheckpointError as error:
             set_aside(target, str(error))
-    clear_leftovers(run)
+    for leftover in run.checkpoints.glob(".step-*"):  # of a save or a removal that was cut off
+        shutil.rmtree(leftover, ignore_errors=True)
     beside = run.checkpoints / f".step-{step}.{attempt}.partial"
     try:
         beside.mkdir(parents=True)
@@ -97,12 +98,6 @@ def prune(run: RunDirectory, published: int, keep_last: int, keep_every: int | N
         os.rename(path, hidden)
         crash_point("prune")
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def clear_leftovers(run: RunDirectory) -> None:
-    """Removes what a save or a removal that was cut off has left behind."""
-    for path in run.checkpoints.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path, reason: str) -> Path:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.core.errors import UserError
 from mokd.comparison.bootstrap import RESAMPLES, Gain, bootstrap_gain
-from mokd.comparison.pairing import Method, Run, group
+from mokd.comparison.pairing import Method, Run, group, object_to
 from mokd.evaluation.results import SETTINGS, Evaluation, read, result_path
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
@@ -136,9 +137,7 @@ def _check_protocols(evaluations: Mapping[Path, Evaluation], force: bool, remark
         if protocol == known[0][1]:
             continue
         problem = f"{path} was evaluated with other settings or training data than {known[0][0]}"
-        if not force:
-            raise UserError(f"compare: {problem}; evaluate both alike; --force compares them all the same")
-        remarks.append(problem)
+        object_to(problem, force, remarks, "evaluate both alike; ")
 
 
 def _check_steps(evaluations: Mapping[Path, Evaluation], force: bool, remarks: list[str]) -> None:
@@ -148,35 +147,25 @@ def _check_steps(evaluations: Mapping[Path, Evaluation], force: bool, remarks: l
         if found.step == reference.step:
             continue
         problem = f"{path} was evaluated at step {found.step}, {first} at step {reference.step}"
-        if not force:
-            raise UserError(f"compare: {problem}; train on, or evaluate again; --force compares them all the same")
-        remarks.append(problem)
+        object_to(problem, force, remarks, "train on, or evaluate again; ")
 
 
 def _gain(
-    method: Method, branch: str, evaluations: Mapping[Path, Evaluation], at: float | None, resamples: int
+    method: Method, branch: str, known: Mapping[Path, Evaluation], at: float | None, resamples: int
 ) -> BranchGain:
-    sides = {"pair": method.pair, "solo": method.solo[branch]}
-    found = {
-        run.path: _record(evaluations[run.path], branch, at, run.path) for s in sides.values() for run in s.values()
-    }
-    right = {
-        side: np.stack([_right(evaluations[run.path], found[run.path]) for run in runs.values()])
-        for side, runs in sides.items()
-    }
-    gain = bootstrap_gain(right["pair"], right["solo"], same_seeds=method.same_seeds(branch), resamples=resamples)
-    records = [
-        {"side": side, "seed": seed, "run": str(run.path), **found[run.path]}
-        for side, runs in sides.items()
-        for seed, run in runs.items()
-    ]
-    curves = {side: {seed: knn_curve(run.path, branch) for seed, run in runs.items()} for side, runs in sides.items()}
+    records: list[dict[str, Any]] = []
+    right: dict[str, list[NDArray[np.bool_]]] = {"pair": [], "solo": []}  # of every run, which images `[M]`
+    curves: dict[str, dict[int, Curve]] = {"pair": {}, "solo": {}}
+    for side, runs in (("pair", method.pair), ("solo", method.solo[branch])):
+        for seed, run in runs.items():
+            evaluation = known[run.path]
+            record = _record(evaluation, branch, at, run.path)
+            records.append({"side": side, "seed": seed, "run": str(run.path), **record})
+            right[side].append(evaluation.predictions[record["predictions"]] == evaluation.labels)
+            curves[side][seed] = knn_curve(run.path, branch)
+    pair, solo = np.stack(right["pair"]), np.stack(right["solo"])
+    gain = bootstrap_gain(pair, solo, same_seeds=method.same_seeds(branch), resamples=resamples)
     return BranchGain(gain, records, curves["pair"], curves["solo"])
-
-
-def _right(evaluation: Evaluation, record: Mapping[str, Any]) -> np.ndarray:
-    """Which images `[M]` are right by a record of an evaluation."""
-    return evaluation.predictions[record["predictions"]] == evaluation.labels
 
 
 def _record(evaluation: Evaluation, branch: str, at: float | None, path: Path) -> dict[str, Any]:

@@ -10,45 +10,22 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError
 from mokd.config import DistillationConfig, RunConfig
+from mokd.config.leaves import leaves
 from mokd.runs.run_directory import RunDirectory
 
 Settings = Mapping[str, Any]
 
 # what changes neither what is learnt nor how it is measured: where and how fast a run is computed, and its name
 _IRRELEVANT = (
-    "name",
-    "seed",
-    "cluster",
-    "checkpoint",
-    "logging",
-    "parallel",
-    "execution",
-    "data.workers",
-    "data.batches_ahead",
-    "data.batch_timeout_seconds",
-    "evaluation.every_epochs",
-    "evaluation.batch",
-    "evaluation.probe_images",
+    r"name|seed|cluster|checkpoint|logging|parallel|execution|data\.(workers|batches_ahead|batch_timeout_seconds)"
+    r"|evaluation\.(every_epochs|batch|probe_images)"
 )
-_IRRELEVANT_OF_BRANCH = ("activation_checkpointing",)
 # what has a meaning only in company
-_CROSS = (
-    "objective.terms.cross_mlp",
-    "objective.terms.cross_search",
-    "objective.ramps.cross_mlp",
-    "objective.ramps.cross_search",
-    "objective.cross_temp_warmup_epochs",
-    "objective.center_search",
-    "objective.cross_same_view",
-    "objective.cross_weight",
-    "objective.residual_weight",
-)
+_CROSS = r"objective\.((terms|ramps)\.cross_\w+|cross_\w+|center_search|residual_weight)"
 # an ablation is compared with the baseline that has all terms of its own
 _TERMS = "objective.terms."
 # what distils frozen branches has no baseline of its own kind: alone, nothing is left to learn from
-_DISTILLED = re.compile(
-    r"objective\.|views\.local_crops\.|branches\.[\w-]+\.(mlp_head|t_head_group|teacher_temp_warmup)"
-)
+_DISTILLED = re.compile(r"objective\.|views\.local_crops\.|branches\.[\w-]+\.(mlp_head|t_head_group|teacher_temp_)")
 
 
 @dataclass(frozen=True)
@@ -95,18 +72,14 @@ def settings(config: RunConfig, branch: str | None = None) -> dict[str, Any]:
     branches = {b.pop("name"): b for b in document.pop("branches")}
     if branch is not None:
         branches = {branch: branches[branch]}
+    alone = len(branches) == 1
     for values in branches.values():
-        for key in _IRRELEVANT_OF_BRANCH:
-            del values[key]
-        if len(branches) == 1:
+        del values["activation_checkpointing"]
+        if alone:
             del values["weight"], values["weight_ramp"]
-    left_out = _IRRELEVANT + (_CROSS if len(branches) == 1 else ())
-    flat = {
-        key: value
-        for key, value in _flat("", document)
-        if not any(key == one or key.startswith(f"{one}.") for one in left_out)
-    }
-    return {**flat, "branches": sorted(branches), **dict(_flat("branches", branches))}
+    left_out = re.compile(rf"({_IRRELEVANT}|{_CROSS})(\..*)?" if alone else rf"({_IRRELEVANT})(\..*)?")
+    flat = {key: value for key, value in leaves(document) if not left_out.fullmatch(key)}
+    return {**flat, "branches": sorted(branches), **dict(leaves(branches, "branches"))}
 
 
 def differences(a: Settings, b: Settings) -> list[str]:
@@ -174,9 +147,8 @@ def _baseline(pair: list[Run], branch: str, solos: Sequence[list[Run]], force: b
     """The solo runs of a branch that a pair is to be measured against."""
     first = pair[0]
     wanted = settings(first.config, branch)
-    candidates = [
-        (differences(wanted, settings(side[0].config)), side) for side in solos if side[0].branches == [branch]
-    ]
+    own = [side for side in solos if side[0].branches == [branch]]
+    candidates = [(differences(wanted, settings(side[0].config)), side) for side in own]
     if not candidates:
         raise UserError(
             f"compare: no run of {branch} alone among those given; "
@@ -188,29 +160,28 @@ def _baseline(pair: list[Run], branch: str, solos: Sequence[list[Run]], force: b
         return [k for k in keys if not k.startswith(_TERMS) and not (distilled and _DISTILLED.match(k))]
 
     # terms of the objective may differ, where nothing else does
-    found, side = min(
-        candidates, key=lambda item: (serious_of(item[0]) != [], "objective.kind" in item[0], len(item[0]))
-    )
+    found, side = min(candidates, key=lambda it: (serious_of(it[0]) != [], "objective.kind" in it[0], len(it[0])))
     solo = side[0]
     if serious := serious_of(found):
         key, rest = serious[0], len(serious) - 1
         there, here = settings(solo.config).get(key), wanted.get(key)
         more = f" (and {rest} more keys)" if rest else ""
         problem = f"{solo.path} is no baseline of {first.path}: {key} is {there!r} there, {here!r} here{more}"
-        _object(problem, force, remarks)
+        object_to(problem, force, remarks)
     elif found:
         # of another kind of objective the kind says all
         told = [k for k in found if "objective.kind" not in found or k == "objective.kind" or "objective." not in k]
         remarks.append(f"{solo.path}, baseline of {first.path}, has other terms of its own: {', '.join(told)}")
     seeds = [sorted(run.config.seed for run in runs) for runs in (pair, side)]
     if seeds[0] != seeds[1]:
-        _object(f"seeds of {first.path} are {seeds[0]}, of its baseline {solo.path} {seeds[1]}", force, remarks)
+        object_to(f"seeds of {first.path} are {seeds[0]}, of its baseline {solo.path} {seeds[1]}", force, remarks)
     return side
 
 
-def _object(problem: str, force: bool, remarks: list[str]) -> None:
+def object_to(problem: str, force: bool, remarks: list[str], advice: str = "") -> None:
+    """UserError for what makes a comparison unfair, with advice; where it is forced, a remark."""
     if not force:
-        raise UserError(f"compare: {problem}; --force compares them all the same")
+        raise UserError(f"compare: {problem}; {advice}--force compares them all the same")
     remarks.append(problem)
 
 
@@ -225,11 +196,3 @@ def _labels(configs: Sequence[RunConfig]) -> list[str]:
         changed = [f"{k.removeprefix('objective.')}={own.get(k)}" for k in differences(settings(reference), own)]
         labels.append(" ".join([kind, *changed]))
     return labels
-
-
-def _flat(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for key, below in value.items():
-        yield from _flat(f"{prefix}.{key}" if prefix else key, below)

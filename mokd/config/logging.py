@@ -74,8 +74,7 @@ class LoggingConfig(StrictModel):
 
     every_steps: Annotated[PositiveInt, Field(description="steps between lines of metrics")] = 10
     loggers: Annotated[
-        tuple[LoggerName, ...],
-        Field(description="besides metrics.jsonl; each writes into the run directory"),
+        tuple[LoggerName, ...], Field(description="besides metrics.jsonl; each writes into the run directory")
     ] = ("tensorboard",)
     tensorboard: Annotated[bool, Field(description="false leaves it out of the loggers")] = True
     prometheus: Annotated[

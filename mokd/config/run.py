@@ -14,13 +14,7 @@ from data_pipeline.core import schema
 from data_pipeline.core.schema import NonNegativeInt, StrictModel
 from mokd.config.branches import BranchConfig
 from mokd.config.evaluation import EvaluationConfig
-from mokd.config.execution import (
-    CheckpointConfig,
-    ExecutionConfig,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-)
+from mokd.config.execution import CheckpointConfig, ExecutionConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from mokd.config.logging import LoggingConfig
 from mokd.config.objectives import AnyObjectiveConfig, DinoConfig
 from mokd.config.paths import absolute_path

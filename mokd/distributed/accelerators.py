@@ -65,16 +65,12 @@ def why_no_gpu(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> st
     if built_for is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build (https://pytorch.org)"
     visible = environ.get("CUDA_VISIBLE_DEVICES")
+    forgotten = "gave this step no GPU (--gpus-per-node or --gres forgotten?)"
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-        return (
-            "CUDA_VISIBLE_DEVICES is empty: the scheduler gave this step no GPU (--gpus-per-node or --gres forgotten?)"
-        )
-    if (
-        "SLURM_STEP_ID" in environ
-        and visible is None
-        and not any(environ.get(name) for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"))
-    ):
-        return "SLURM gave this step no GPU (--gpus-per-node or --gres forgotten?)"
+        return f"CUDA_VISIBLE_DEVICES is empty: the scheduler {forgotten}"
+    given = any(environ.get(name) for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"))
+    if "SLURM_STEP_ID" in environ and visible is None and not given:
+        return f"SLURM {forgotten}"
     if not (root / "proc/driver/nvidia/version").exists() and not list((root / "dev").glob("nvidia[0-9]*")):
         return "there is no NVIDIA driver on this node (no /proc/driver/nvidia, no /dev/nvidia0)"
     driver = driver_cuda()

@@ -6,10 +6,10 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mokd.distributed.host_copy import HostCopy
+from mokd.distributed.process_group import all_reduce_max
 from mokd.distributed.stopping import StopRequest
 
 T = TypeVar("T")
@@ -31,12 +31,12 @@ class Agreement:
         bad = ~torch.isfinite(torch.stack([value.detach().float() for value in terms.values()]))
         flags = torch.cat([torch.full((1,), int(asked), device=device), bad.to(device)]).to(torch.int32)
         if device.type != "cuda":
-            self._answer = HostCopy(_maximum(flags))
+            self._answer = HostCopy(all_reduce_max(flags))
             return
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._answer = HostCopy(_maximum(flags))
+            self._answer = HostCopy(all_reduce_max(flags))
         flags.record_stream(stream)
 
     def answer(self) -> tuple[bool, list[str]]:
@@ -53,7 +53,7 @@ def until_asked(items: Iterable[T], rounds: int, stop: StopRequest, device: torc
     own = iter(items)
     try:
         for _ in range(rounds):
-            asked = _maximum(torch.full((1,), int(stop.reason is not None), dtype=torch.int32, device=device))
+            asked = all_reduce_max(torch.full((1,), int(stop.reason is not None), dtype=torch.int32, device=device))
             if int(asked):
                 stop.request("another rank was asked to stop")
                 raise BrokenOffError
@@ -63,9 +63,3 @@ def until_asked(items: Iterable[T], rounds: int, stop: StopRequest, device: torc
     finally:
         if isinstance(own, Generator):
             own.close()
-
-
-def _maximum(flags: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return flags

@@ -1,9 +1,17 @@
-"""Numbers on their way from the device to the host, without either waiting for the other."""
+"""Numbers on their way between device and host, without either waiting for the other."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, `[n]`. Made once: bringing them to a GPU makes the host wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class HostCopy:

@@ -151,13 +151,8 @@ def core_share(mine: Collection[int], beside: Sequence[Collection[int]]) -> int:
 
 
 def _affinities() -> tuple[set[int], list[set[int]]]:
-    mine = os.sched_getaffinity(0)
-    if not dist.is_initialized():
-        return mine, [mine]
-    found: list[tuple[str, set[int]]] = [("", set())] * world_size()
-    host = socket.gethostname()
-    dist.all_gather_object(found, (host, mine))
-    return mine, [cores for other, cores in found if other == host]
+    host, mine = socket.gethostname(), os.sched_getaffinity(0)
+    return mine, [cores for other, cores in gather_objects((host, mine)) if other == host]
 
 
 def world_size() -> int:
@@ -170,6 +165,21 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest over all ranks, in place; itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank; a list of one in a single process."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:

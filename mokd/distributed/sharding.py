@@ -39,9 +39,8 @@ def assemble(own: Tensor, like: Tensor) -> Tensor:
     """The sharded tensor of which `own` is this rank's piece, laid out as `like`; `own` where that is not sharded."""
     if not isinstance(like, DTensor):
         return own
-    return DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def whole(tensor: Tensor) -> Tensor:

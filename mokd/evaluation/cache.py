@@ -11,18 +11,16 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.sampling.order import Int64Array
-from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main
+from mokd.distributed.process_group import Ranks, barrier, broadcast_from_main, gather_objects
 from mokd.evaluation.features import first_bad
 from mokd.runs.files import beside_of, file_checksum, read_json, replace_json, sync_file
 
@@ -82,13 +80,6 @@ def is_whole(directory: Path) -> bool:
         return False
 
 
-@dataclass
-class _Pending:
-    first_row: int
-    rows: list[Tensor]
-    count: int = 0
-
-
 class CacheWriter:
     """Writes one rank's rows, from `first_row` on; `publish`, called by all ranks, makes all ranks' files the cache."""
 
@@ -96,37 +87,33 @@ class CacheWriter:
         self._directory, self._ranks = directory, ranks
         self._beside = broadcast_from_main(beside_of(directory))
         self._beside.mkdir(parents=True, exist_ok=True)
-        self._pending = _Pending(first_row, [])
+        self._rows: list[Tensor] = []  # not written yet, from `_first_row` on
+        self._first_row = self._next_row = first_row
         self._files: dict[str, dict[str, Any]] = {}
         self.bad_row: int | None = None
 
     def add(self, features: Tensor) -> None:
         """Appends rows `[B, D]`."""
-        pending = self._pending
         if self.bad_row is None and (bad := first_bad(features)) is not None:
-            self.bad_row = pending.first_row + pending.count + bad
-        pending.rows.append(features.cpu())
-        pending.count += len(features)
-        if pending.count >= FILE_ROWS:
+            self.bad_row = self._next_row + bad
+        self._rows.append(features.cpu())
+        self._next_row += len(features)
+        if self._next_row - self._first_row >= FILE_ROWS:
             self._flush()
 
     def _flush(self) -> None:
-        pending = self._pending
-        if not pending.count:
+        if self._next_row == self._first_row:
             return
-        path = self._beside / f"rows-{pending.first_row:09d}.npy"
-        np.save(path, torch.cat(pending.rows).numpy(), allow_pickle=False)
+        path = self._beside / f"rows-{self._first_row:09d}.npy"
+        np.save(path, torch.cat(self._rows).numpy(), allow_pickle=False)
         sync_file(path)
-        self._files[path.name] = {"first_row": pending.first_row, "sha256": file_checksum(path)}
-        self._pending = _Pending(pending.first_row + pending.count, [])
+        self._files[path.name] = {"first_row": self._first_row, "sha256": file_checksum(path)}
+        self._rows, self._first_row = [], self._next_row
 
     def publish(self, what: dict[str, Any]) -> None:
         """Renames the directory into place; `what` says what the features are of."""
         self._flush()
-        everybody: list[dict[str, dict[str, Any]]] = [self._files]
-        if dist.is_initialized():
-            everybody = [{} for _ in range(self._ranks.world_size)]
-            dist.all_gather_object(everybody, self._files)
+        everybody = gather_objects(self._files)
         if self._ranks.is_main:
             files = {name: file for part in everybody for name, file in part.items()}
             replace_json(self._beside / "index.json", {"format": FORMAT, "files": files, **what}, durable=True)

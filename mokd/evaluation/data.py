@@ -48,18 +48,16 @@ class LabelledSet:
         return contiguous_part(self.size, rank, world_size)
 
 
-def open_labelled(
-    key: str, path: Path | None, backend: Backend, limit: int | None = None, channels: int = 3
-) -> LabelledSet:
+def open_labelled(key: str, path: Path | None, data: DataConfig, limit: int | None = None) -> LabelledSet:
     """The labelled data set that the configuration's `key` names; a folder of images is read by the reference loader.
 
     UserError when there is none, or an image has no label.
     """
     if path is None:
         raise UserError(f"{key}: not set; give --{key.rsplit('.')[-1]} BETON")
-    backend = "torchvision" if path.is_dir() else usable_backend(backend)
+    backend = "torchvision" if path.is_dir() else usable_backend(data.backend)
     check_path(path, backend)
-    samples = open_samples(path, channels)
+    samples = open_samples(path, data.channels)
     ids = subset(samples.size, limit)
     labels = samples.labels[ids]
     if not samples.classes or (labels < 0).any():
@@ -102,7 +100,7 @@ def open_pair(
     key, limit = "train_limit", section.train_limit
     if for_monitor and section.monitor_train_limit is not None:
         key, limit = "monitor_train_limit", min(section.monitor_train_limit, limit or section.monitor_train_limit)
-    train = open_labelled("evaluation.train", section.train, data.backend, limit, data.channels)
-    test = open_labelled("evaluation.test", section.test, data.backend, section.test_limit, data.channels)
+    train = open_labelled("evaluation.train", section.train, data, limit)
+    test = open_labelled("evaluation.test", section.test, data, section.test_limit)
     check_pair(train, test, key)
     return train, test

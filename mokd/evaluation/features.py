@@ -18,7 +18,7 @@ from data_pipeline.loaders.build import build_eval_loader
 from data_pipeline.loaders.evaluation import EvalLoader
 from mokd.config import RunConfig
 from mokd.config.evaluation import LinearConfig
-from mokd.distributed.process_group import Ranks
+from mokd.distributed.process_group import Ranks, gather_objects
 from mokd.evaluation.data import LabelledSet
 from mokd.models.backbones import Backbone
 
@@ -123,8 +123,7 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     """The rows `[n_r, ...]` of all ranks, one rank's after another, on every rank; on the CPU."""
     if not dist.is_initialized():
         return rows.cpu()
-    sizes: list[tuple[int, tuple[int, ...]]] = [(0, ())] * dist.get_world_size()
-    dist.all_gather_object(sizes, (rows.shape[0], tuple(rows.shape[1:])))
+    sizes = gather_objects((rows.shape[0], tuple(rows.shape[1:])))
     longest = max(size for size, _ in sizes)
     tail = next(shape for size, shape in sizes if size == longest)  # a rank without rows does not know its width
     padded = torch.zeros(longest, *tail, dtype=rows.dtype, device=device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.batch import MultiCropLoader
 from data_pipeline.sampling.order import Int64Array, class_subset
+from mokd.checkpointing.state import below
 from mokd.config.evaluation import FinetuneConfig, RatesConfig
 from mokd.distributed.process_group import all_reduce_sum
 from mokd.evaluation.answers import Answer, Outcome
@@ -160,14 +161,12 @@ class FineTuning:
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        model = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-        self._model.load_state_dict(model)
+        self._model.load_state_dict(below(tensors, "model."))
         parameters = dict(self._model.named_parameters())
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, entry, name = key.split(".", 2)
-                p = parameters[name]
-                self._optimizer.state[p][entry] = value if value.ndim == 0 else value.to(p.device)
+        for key, value in below(tensors, "optimizer.").items():
+            entry, name = key.split(".", 1)
+            p = parameters[name]
+            self._optimizer.state[p][entry] = value if value.ndim == 0 else value.to(p.device)
 
 
 def _optimizer(model: Classifier, kind: str, rates: RatesConfig, scale: float) -> torch.optim.Optimizer:

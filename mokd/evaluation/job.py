@@ -182,9 +182,5 @@ def _evaluation(job: Job, subjects: Sequence[Subject], parts: Sequence[tasks.Out
 def records_of(job: Job, evaluation: Evaluation) -> Evaluation:
     """Only what was asked for: `--branch` leaves others' results in the file, but does not show them."""
     names = [subject.name for subject in job.wanted]
-    return results.merged(
-        Evaluation(**{**evaluation.__dict__, "results": [], "predictions": {}, "fingerprints": {}, "protocols": {}}),
-        evaluation,
-        names,
-        names,
-    )
+    nothing = replace(evaluation, results=[], predictions={}, fingerprints={}, protocols={})
+    return results.merged(nothing, evaluation, names, names)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.sampling.order import epoch_order
+from data_pipeline.sampling.order import Int64Array, epoch_order
 from mokd.evaluation.cache import CachedFeatures
 from mokd.optim.schedules import cosine
 
@@ -104,6 +104,10 @@ class Standardised:
         self.scale = torch.where(deviation > 1e-6, 1.0 / deviation.clamp(min=1e-6), 0.0).float()
         self.mean = mean.float()
 
+    def take(self, rows: Int64Array) -> Tensor:
+        """Some rows of the training set, standardised."""
+        return self(self._features.take(rows))
+
     def __call__(self, block: Tensor) -> Tensor:
         """The block `[B, D]`, standardised."""
         return (block - self.mean) * self.scale
@@ -113,15 +117,9 @@ class FeatureSource:
     """Batches of features that are known: `epoch_order` of the images, the last incomplete batch left out."""
 
     def __init__(
-        self,
-        features: Sequence[CachedFeatures],
-        scales: Sequence[Standardised],
-        labels: Tensor,
-        batch: int,
-        seed: int,
-        device: torch.device,
+        self, features: Sequence[Standardised], labels: Tensor, batch: int, seed: int, device: torch.device
     ) -> None:
-        self._features, self._scales, self._labels = features, scales, labels
+        self._features, self._labels = features, labels
         self._batch, self._seed, self._device = min(batch, len(labels)), seed, device
         self.steps = len(labels) // self._batch
 
@@ -129,10 +127,7 @@ class FeatureSource:
         """The batches of an epoch."""
         order = epoch_order(self._seed, epoch, len(self._labels))
         for rows in np.split(order[: self.steps * self._batch], self.steps):
-            parts = [
-                scale(known.take(rows)).to(self._device)
-                for known, scale in zip(self._features, self._scales, strict=True)
-            ]
+            parts = [known.take(rows).to(self._device) for known in self._features]
             yield parts, self._labels[rows].to(self._device)
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mokd.config import RunConfig
-from mokd.distributed.process_group import Ranks
 from mokd.evaluation.answers import Answer, Outcome
 from mokd.evaluation.augmented import AugmentedSource, batch_of, labelled_loader
 from mokd.evaluation.features import Reading, gather_rows, probe_reading
@@ -40,29 +38,26 @@ def linear_task(work: Work) -> list[Outcome]:
             source = AugmentedSource(backbones, [read for _, read in readings], loader, device)
         else:
             batch = min(section.batch, train.size)
-            features = features_of(work, readings, train)
-            scales = [Standardised(part) for part in features]
-            source = FeatureSource(features, scales, torch.from_numpy(train.labels), batch, config.seed, device)
+            scales = [Standardised(part) for part in features_of(work, readings, train)]
+            source = FeatureSource(scales, torch.from_numpy(train.labels), batch, config.seed, device)
         mine = range(ranks.rank, len(section.rates), ranks.world_size)
         rates = [section.rates[i] * batch / BASE_BATCH for i in mine]
         first = derive_seed(config.seed, "linear probe") if section.augment else None
         heads = [Heads(rates, part.width, len(train.classes), device, first) for part in asked]
         state = KeptState(_state_path(work, readings), is_main=ranks.is_main)
-        _train(heads, source, state, config, ranks, device)
+        _train(heads, source, state, work)
     outcomes = []
     for i, own in enumerate(heads):
         parts = [scales[i](block) if scales else block for _, block in asked[i].blocks(0, test.size, BLOCK)]
-        classes = _whole(own.classify(torch.cat(parts).to(device)), ranks, device)
+        classes = _whole(own.classify(torch.cat(parts).to(device)), work)
         facts = {"augment": section.augment, "features": readings[i][0]}
         answers = [Answer(lr, part.numpy(), facts) for lr, part in zip(section.rates, classes, strict=True)]
         outcomes.append(Outcome(answers, states=[state]))
     return outcomes
 
 
-def _train(
-    heads: Sequence[Heads], source: Source, state: KeptState, config: RunConfig, ranks: Ranks, device: torch.device
-) -> None:
-    epochs = config.evaluation.linear.epochs
+def _train(heads: Sequence[Heads], source: Source, state: KeptState, work: Work) -> None:
+    epochs, ranks = work.config.evaluation.linear.epochs, work.ranks
     done, tensors = state.load()
     if done:
         for i, own in enumerate(heads):
@@ -72,7 +67,7 @@ def _train(
         for epoch in range(done, epochs):
             train_epoch(heads, source, epoch, epochs)
             everything = {
-                f"{i}.{name}": _whole(value, ranks, device)
+                f"{i}.{name}": _whole(value, work)
                 for i, own in enumerate(heads)
                 for name, value in own.state_tensors().items()
             }
@@ -80,10 +75,10 @@ def _train(
             progress.update(epoch + 1, epochs)
 
 
-def _whole(own: Tensor, ranks: Ranks, device: torch.device) -> Tensor:
+def _whole(own: Tensor, work: Work) -> Tensor:
     """Rows of all ranks, to which they were dealt in turn, back in their order."""
-    rows = gather_rows(own, device)
-    dealt = [i for rank in range(ranks.world_size) for i in range(rank, len(rows), ranks.world_size)]
+    rows, world = gather_rows(own, work.device), work.ranks.world_size
+    dealt = [i for rank in range(world) for i in range(rank, len(rows), world)]
     return rows[torch.tensor(dealt).argsort()]
 
 

@@ -50,12 +50,7 @@ class OnlineEvaluation:
     """Evaluates teachers while they are in training; a probe that is under way is asked for with `probed`."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        ranks: Ranks,
-        device: torch.device,
-        stop: StopRequest,
-        beat: Callable[[], None] = lambda: None,
+        self, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopRequest, beat: Callable[[], None]
     ) -> None:
         """beat: told of every batch and block that is done."""
         self._config, self._ranks, self._device, self._stop, self._beat = config, ranks, device, stop, beat
@@ -78,12 +73,8 @@ class OnlineEvaluation:
         best, for_probe = {}, {}
         for name, own, part in zip(backbones, known, asked, strict=True):
             everything = gather_rows(part, device)
-            blocks = until_asked(
-                knn.blocks_of(F.normalize(own, dim=1), first),
-                _rounds(train, knn.BLOCK, self._ranks),
-                self._stop,
-                device,
-            )
+            own_blocks = knn.blocks_of(F.normalize(own, dim=1), first)
+            blocks = until_asked(own_blocks, _rounds(train, knn.BLOCK, self._ranks), self._stop, device)
             queries = F.normalize(everything, dim=1).to(device)
             self._beat()
             found = knn.classify(blocks, labels, queries, section.knn.k, section.knn.temperature, classes)
@@ -91,7 +82,7 @@ class OnlineEvaluation:
             if section.probe_images:
                 for_probe[name] = (gather_rows(own[mine], device), everything)
         if section.probe_images and self._ranks.is_main:
-            arguments = (step, for_probe, labels[rows], test, classes)
+            arguments = (step, for_probe, labels[rows], test)
             # daemon: a run that ends in an error does not wait for a number
             self._thread = threading.Thread(target=self._probe, args=arguments, name="linear probe", daemon=True)
             self._thread.start()
@@ -114,14 +105,9 @@ class OnlineEvaluation:
         result, self._thread, self._result = self._result, None, None
         return result
 
-    def _probe(
-        self, step: int, features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test: LabelledSet, classes: int
-    ) -> None:
+    def _probe(self, step: int, features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test: LabelledSet) -> None:
         try:
-            top1 = {
-                name: _probe_top1(train, labels, asked, test, classes, self._config.seed)
-                for name, (train, asked) in features.items()
-            }
+            top1 = {name: _probe_top1(*pair, labels, test, self._config.seed) for name, pair in features.items()}
             self._result = Probed(step, top1)
         except Exception as error:  # a missing number is no reason to lose a run
             log.warning("step %d: the linear probe failed: %s", step, error)
@@ -157,12 +143,11 @@ def _rounds(data: LabelledSet, size: int, ranks: Ranks) -> int:
     return max(-(-(last - first) // size) for first, last in parts)
 
 
-def _probe_top1(train: Tensor, labels: Tensor, asked: Tensor, test: LabelledSet, classes: int, seed: int) -> float:
+def _probe_top1(train: Tensor, asked: Tensor, labels: Tensor, test: LabelledSet, seed: int) -> float:
     """The best of a few rates after a few epochs: a lower bound of what `mokd eval --task linear` finds."""
-    features = CachedFeatures([train.numpy()])
-    scale = Standardised(features)
-    source = FeatureSource([features], [scale], labels, PROBE_BATCH, seed, CPU)
-    heads = Heads(PROBE_RATES, features.width, classes, CPU)
+    scale = Standardised(CachedFeatures([train.numpy()]))
+    source = FeatureSource([scale], labels, PROBE_BATCH, seed, CPU)
+    heads = Heads(PROBE_RATES, train.shape[1], len(test.classes), CPU)
     for epoch in range(PROBE_EPOCHS):
         train_epoch([heads], source, epoch, PROBE_EPOCHS)
     return max(accuracy(test.labels, answer.numpy())[0] for answer in heads.classify(scale(asked)))

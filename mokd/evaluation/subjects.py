@@ -58,10 +58,8 @@ def _identity(branch: BranchConfig, config: RunConfig, **weights: str | int) -> 
 
 def _saved(found: Checkpoint, place: str, branch: BranchConfig, config: RunConfig, network: str) -> Subject:
     def build(drop_path: float, images_per_rank: int) -> Backbone:
-        backbone = _empty(branch, config, drop_path, images_per_rank)
-        tensors = state.network_tensors(found, branch.name, network)
-        prefix = "backbone."
-        backbone.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        backbone = _random(branch, config, drop_path, images_per_rank)
+        backbone.load_state_dict(state.below(state.network_tensors(found, branch.name, network), "backbone."))
         return backbone
 
     weights = found.checksums[f"{state.branch_file(branch.name)}.safetensors"]
@@ -74,13 +72,7 @@ def _untrained(branch: BranchConfig, config: RunConfig) -> Subject:
         with torch.random.fork_rng():
             # the weights from which the branch started
             torch.manual_seed(derive_seed(config.seed, "initial weights", branch.name))
-            return build_backbone(
-                branch,
-                config.views.global_crops.size_px,
-                drop_path=drop_path,
-                images_per_rank=images_per_rank,
-                channels=config.data.channels,
-            )
+            return _random(branch, config, drop_path, images_per_rank)
 
     return Subject(branch.name, "scratch", 0, "", _identity(branch, config, seed=config.seed), build)
 
@@ -90,7 +82,7 @@ def from_file(path: Path, config: RunConfig) -> list[Subject]:
     (branch,) = config.branches
 
     def build(drop_path: float, images_per_rank: int) -> Backbone:
-        backbone = _empty(branch, config, drop_path, images_per_rank)
+        backbone = _random(branch, config, drop_path, images_per_rank)
         load_weights(backbone, path, f"'{branch.backbone}'")
         return backbone
 
@@ -99,12 +91,10 @@ def from_file(path: Path, config: RunConfig) -> list[Subject]:
     return [Subject(branch.name, "weights", 0, str(path), identity, build)]
 
 
-def _empty(branch: BranchConfig, config: RunConfig, drop_path: float, images_per_rank: int) -> Backbone:
+def _random(branch: BranchConfig, config: RunConfig, drop_path: float, images_per_rank: int) -> Backbone:
+    image_px, channels = config.views.global_crops.size_px, config.data.channels
     with torch.random.fork_rng():
-        image_px = config.views.global_crops.size_px
-        return build_backbone(
-            branch, image_px, drop_path=drop_path, images_per_rank=images_per_rank, channels=config.data.channels
-        )
+        return build_backbone(branch, image_px, drop_path=drop_path, images_per_rank=images_per_rank, channels=channels)
 
 
 def chosen(subjects: Sequence[Subject], branches: Sequence[str]) -> list[Subject]:

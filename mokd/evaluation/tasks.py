@@ -28,8 +28,8 @@ def open_data(config: RunConfig, task: str) -> tuple[LabelledSet, LabelledSet]:
     """The training and test set of a task, checked."""
     section, data = config.evaluation, config.data
     if task == "transfer":
-        train = open_labelled("evaluation.transfer.train", section.transfer.train, data.backend, None, data.channels)
-        test = open_labelled("evaluation.transfer.test", section.transfer.test, data.backend, None, data.channels)
+        train = open_labelled("evaluation.transfer.train", section.transfer.train, data)
+        test = open_labelled("evaluation.transfer.test", section.transfer.test, data)
         check_pair(train, test)
         return train, test
     train, test = open_pair(section, data)

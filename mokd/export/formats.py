@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.export.source import Source
-from mokd.models.backbones import Backbone
+from mokd.models.backbones import STEM_STRIDES, Backbone
 
 WEIGHTS = "model.safetensors"
-SMALL_STEM_STRIDE = {"cifar": 1, "cifar_stride2": 2}
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _timm_config(source: Source) -> dict[str, Any]:
     arguments = {"architecture": source.branch.backbone, "arguments": source.timm_arguments()}
-    return arguments | {"small_stem_stride": SMALL_STEM_STRIDE.get(source.branch.stem)}
+    return arguments | {"small_stem_stride": STEM_STRIDES.get(source.branch.stem)}
 
 
 def _write_timm(source: Source, folder: Path) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.hold import newest_held
-from mokd.checkpointing.state import branch_file
+from mokd.checkpointing.reading import Checkpoint
+from mokd.checkpointing.state import network_tensors
 from mokd.config import BranchConfig, RunConfig
 from mokd.evaluation import subjects
 from mokd.models.backbones import Backbone, timm_arguments
@@ -22,17 +21,14 @@ from mokd.runs.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Source:
-    """A branch's student or teacher at a step of a run, on the CPU, in evaluation mode.
-
-    checkpoint: where its files lie while it is held.
-    """
+    """A branch's student or teacher at a step of a run, on the CPU, in evaluation mode. checkpoint: held meanwhile."""
 
     run: RunDirectory
     config: RunConfig
     branch: BranchConfig
     network: str
     step: int
-    checkpoint: Path
+    checkpoint: Checkpoint
     backbone: Backbone
 
     @property
@@ -46,9 +42,7 @@ class Source:
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """The state dict of the whole network, heads included; the backbone's keys begin with `backbone.net.`."""
-        prefix = f"{self.network}."
-        saved = load_file(self.checkpoint / f"{branch_file(self.branch.name)}.safetensors")
-        return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+        return network_tensors(self.checkpoint, self.branch.name, self.network)
 
     def preprocessing(self) -> dict[str, Any]:
         """How images become the network's input, as `mokd eval` prepares them."""
@@ -76,7 +70,5 @@ def held_sources(run: RunDirectory, branch: str | None, network: str) -> Generat
     by_name = {branch.name: branch for branch in config.branches}
     with newest_held(run) as found:
         wanted = subjects.chosen(subjects.from_run(run, config, network, found.path), [branch] if branch else [])
-        yield [
-            Source(run, config, by_name[s.name], network, s.step, found.path, s.load().eval().requires_grad_(False))
-            for s in wanted
-        ]
+        backbones = [(subject, subject.load().eval().requires_grad_(False)) for subject in wanted]
+        yield [Source(run, config, by_name[s.name], network, s.step, found, backbone) for s, backbone in backbones]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
+from mokd.config.leaves import leaves
 from mokd.loggers.base import Continued, Forgetful
 
 _AT_ONCE = 500  # metrics and parameters that a call takes, at most 1,000 and 100
@@ -30,7 +31,7 @@ class MLflow(Forgetful):
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(name)
         run_id = str(self._client.create_run(experiment, run_name=continued.run.path.name).info.run_id)
-        parameters = [Param(key, str(value)[:500]) for key, value in _leaves("", continued.config)]
+        parameters = [Param(key, str(value)[:500]) for key, value in leaves(continued.config)]
         for start in range(0, len(parameters), 100):
             self._client.log_batch(run_id, params=parameters[start : start + 100])
         return run_id
@@ -45,13 +46,3 @@ class MLflow(Forgetful):
     def close(self) -> None:
         """Marks the run as finished until it goes on."""
         self._client.set_terminated(self._id)
-
-
-def _leaves(path: str, value: object) -> list[tuple[str, object]]:
-    if isinstance(value, dict):
-        inside = [(str(key), part) for key, part in value.items()]
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        inside = [(str(i), part) for i, part in enumerate(value)]
-    else:
-        return [(path, value)]
-    return [leaf for key, part in inside for leaf in _leaves(f"{path}.{key}" if path else key, part)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from data_pipeline.core.triton_support import why_no_triton
+from mokd.distributed.host_copy import constant
 from mokd.losses.kernels import cpu, onednn, plain
 from mokd.losses.kernels.scratch import empty
-from mokd.losses.kernels.targets import Cut, Target, at_least_fp32
+from mokd.losses.kernels.targets import Cut, Cuts, Target, at_least_fp32
 from mokd.losses.prototypes import HeadOutput, PrototypeWeight, logits_in, product, product_types
 
 # Logits per block: on a CPU few enough for the last-level cache, but not fewer, or threads meet too often; on a GPU
@@ -47,29 +48,16 @@ class Kernels(Protocol):
     BY_PROTOTYPE: bool
     TAKES_SCALE: bool
 
-    def observe(
-        self, z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def observe(self, z: Tensor, raw: Tensor, scale: float | Tensor, cuts: Cuts, dots: Tensor) -> tuple[Tensor, Tensor]:
         """Takes notice of logits."""
-        ...
 
     def gradient(
-        self,
-        x: Tensor,
-        factor: Tensor,
-        cuts: Sequence[Cut],
-        dtype: torch.dtype,
-        largest: Tensor | None = None,
-        scale: Tensor | None = None,
+        self, x: Tensor, factor: Tensor, cuts: Cuts, dtype: torch.dtype, largest: Tensor | None, scale: Tensor | None
     ) -> Tensor:
         """The gradient towards them."""
-        ...
 
-    def through_norm(
-        self, towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float, *, scaled: bool = False
-    ) -> Tensor:
+    def through_norm(self, towards: Tensor, v: Tensor, norm: Tensor, g: Tensor, unit: float, *, scaled: bool) -> Tensor:
         """From gradients towards weights to those towards directions and gains."""
-        ...
 
 
 def prototype_loss(
@@ -88,10 +76,7 @@ def prototype_loss(
     """
     on_gpu = student.rows.device.type == "cuda"
     options = (train_prototypes, on_gpu if recompute is None else recompute, kernels or _kernels(on_gpu))
-    total, terms = _PrototypeLossWithGradients.apply(
-        student.rows, *student.prototypes, tuple(targets), temperature, *options
-    )
-    return total, terms
+    return _PrototypeLossWithGradients.apply(student.rows, *student.prototypes, tuple(targets), temperature, *options)
 
 
 def distillation_loss(
@@ -99,8 +84,7 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """As `prototype_loss`, for student logits `[V, B, K]` that exist already."""
     kernels = kernels or _kernels(logits.device.type == "cuda")
-    total, terms = _DistillationLossWithGradients.apply(logits, tuple(targets), temperature, kernels)
-    return total, terms
+    return _DistillationLossWithGradients.apply(logits, tuple(targets), temperature, kernels)
 
 
 def _kernels(on_gpu: bool) -> Kernels:
@@ -124,32 +108,22 @@ class _Terms:
         self.mass = [sum(t.weight * c * n[view] for t, c, n in terms) for view in range(views)]
         self.dots = torch.zeros(len(targets), dtype=torch.float64, device=device)
 
-    def _factors(self, scale: float) -> list[float]:
-        """What a single comparison of each term weighs in the loss, times `scale`."""
-        return [t.weight * c * scale for t, c in zip(self.targets, self.coefficients, strict=True)]
-
     def cut(self, index: tuple[Any, ...], scale: float) -> list[Cut]:
-        """The targets as a block of logits meets them."""
-        pairs = zip(self.targets, self._factors(scale), strict=True)
-        return [Cut(t.probabilities[index], factor, t.paired, t.first_view) for t, factor in pairs]
+        """The targets as a block of logits meets them; a comparison weighs `scale` times what it does in the loss."""
+        pairs = zip(self.targets, self.coefficients, strict=True)
+        return [Cut(t.probabilities[index], t.weight * c * scale, t.paired, t.first_view) for t, c in pairs]
 
     def mass_of_rows(self, scale: float, like: Tensor) -> Tensor:
         """The sum of the weights of a row's comparisons, times `scale`: `[V, 1, 1]`."""
-        return _constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
+        return constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
 
     def values(self, log_z: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms, and the terms `[len(targets)]`, for `logsumexp(z)` `[V, B]`."""
-        constant = partial(_constant, dtype=torch.float64, device=log_z.device)
-        comparisons = torch.stack([constant(tuple(map(float, n))) for n in self.comparisons])
-        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * constant(tuple(self.coefficients))
-        total = (terms * constant(tuple(t.weight for t in self.targets))).sum()
+        exact = partial(constant, dtype=torch.float64, device=log_z.device)
+        comparisons = torch.stack([exact(tuple(map(float, n))) for n in self.comparisons])
+        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * exact(tuple(self.coefficients))
+        total = (terms * exact(tuple(t.weight for t in self.targets))).sum()
         return total.to(log_z.dtype), terms.to(log_z.dtype)
-
-
-@lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: bringing numbers to a GPU makes the host wait for it."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class _GradientsFromForward(torch.autograd.Function):
@@ -237,11 +211,11 @@ class _TwoPasses:
         """The first pass: L of every row `[V, B]`, and the terms' dot products."""
         sums = []
         for start, stop in self.blocks:
-            z, raw = self._memory(start, stop), self._logits(start, stop, self._weight(start, stop))
+            raw = self._logits(start, stop, self._weight(start, stop))
+            z = self._memory(start, stop) if self.by_convolution else raw
             scale = 1.0 if self.scale is None else self.scale[start:stop]
             cuts = self.terms.cut((..., slice(start, stop)), 1.0)
-            given = None if raw.data_ptr() == z.data_ptr() else raw
-            largest, total = self.kernels.observe(z, cuts, self.terms.dots, given, scale)
+            largest, total = self.kernels.observe(z, raw, scale, cuts, self.terms.dots)
             self.seen.append(largest)
             sums.append(total)
         self.log_z = (torch.cat(self.seen, dim=-1) + torch.cat(sums, dim=-1).log_()).logsumexp(dim=-1)
@@ -325,10 +299,10 @@ class _DistillationLossWithGradients(_GradientsFromForward):
         log_z = []
         for images in _images(logits):
             z, cuts = out[:, images], terms.cut((slice(None), images), 1.0)
-            largest, total = kernels.observe(z, cuts, terms.dots, logits[:, images], 1.0 / temperature)
+            largest, total = kernels.observe(z, logits[:, images], 1.0 / temperature, cuts, terms.dots)
             log_z.append((largest + total.log()).logsumexp(dim=-1))
             factor = (largest - log_z[-1].unsqueeze(-1)).exp_().mul_(mass)
-            kernels.gradient(z, factor, terms.cut((slice(None), images), 1.0 / temperature), z.dtype)
+            kernels.gradient(z, factor, terms.cut((slice(None), images), 1.0 / temperature), z.dtype, None, None)
         ctx.gradients = (out.to(logits.dtype),)
         total, by_term = terms.values(torch.cat(log_z, dim=1))
         ctx.mark_non_differentiable(by_term)

@@ -18,18 +18,14 @@ def teacher_probabilities(
     """
     logits = at_least_fp32(logits.detach())
     out = logits if in_place else torch.empty_like(logits)
-    if cpu.by_prototype(logits):
-        found = cpu.softmax(logits, center, temperature, out)
-        if found is not None:
-            return found
+    if (found := cpu.softmax(logits, center, temperature, out)) is not None:
+        return found
     shifted = logits if center is None else torch.sub(logits, center, out=out)
     return softmax(torch.div(shifted, temperature, out=out))
 
 
 def softmax(scaled: Tensor) -> Tensor:
     """Over the last dimension; on CPUs in the memory of `scaled`, where fresh memory costs as much as the softmax."""
-    if cpu.by_prototype(scaled):
-        found = cpu.softmax(scaled, None, 1.0, scaled)
-        if found is not None:
-            return found
+    if (found := cpu.softmax(scaled, None, 1.0, scaled)) is not None:
+        return found
     return torch.softmax(scaled, dim=-1, out=scaled if scaled.device.type == "cpu" else None)

@@ -22,6 +22,8 @@ from mokd.config import BranchConfig
 from mokd.models import positions
 from mokd.models.drop_path import SampleDropPath
 
+STEM_STRIDES = {"cifar": 1, "cifar_stride2": 2}
+
 
 @dataclass(frozen=True)
 class Features:
@@ -89,52 +91,41 @@ class BackboneShapes:
 
 def create_net(config: BranchConfig, image_px: int, drop_path: float, channels: int = 3) -> nn.Module:
     """The timm network of a branch, randomly initialised; UserError when timm does not know it or its options."""
-    entry = f"branches.{config.name}.backbone"
-    if not timm.is_model(config.backbone):
-        near = timm.list_models(f"*{config.backbone.split('_')[0].rstrip('0123456789oO')}*")[:4]
-        raise UserError(f"{entry}: timm has no model '{config.backbone}'; similar: {', '.join(near) or 'none'}")
-    options = _options(config, channels)
-    if drop_path:
-        options["drop_path_rate"] = drop_path
-    error: Exception | None = None
-    for extra in _size_options(image_px):
-        try:
-            net = timm.create_model(config.backbone, pretrained=False, **{**extra, **options})
-            break
-        except TypeError as caught:  # the architecture does not know one of the extra options
-            error = error if "unexpected keyword" in str(error) and extra else caught
-        except (RuntimeError, ValueError, AssertionError) as caught:
-            raise UserError(f"{entry}: '{config.backbone}' with {options} cannot be built: {_line(caught)}") from None
-    else:
-        raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them: {_line(error)}")
+    net, _ = _timm_net(config, image_px, drop_path, channels)
     positions.use_in(net)
     if isinstance(token := getattr(net, "cls_token", None), nn.Parameter):
         nn.init.trunc_normal_(token, std=0.02)  # timm's 1e-6 makes all class tokens zero at first
     if config.stem != "default":
-        _use_small_stem(net, {"cifar": 1, "cifar_stride2": 2}[config.stem], channels, entry)
+        _use_small_stem(net, STEM_STRIDES[config.stem], channels, f"branches.{config.name}.backbone")
     return net
 
 
-def _options(config: BranchConfig, channels: int) -> dict[str, Any]:
-    return {"num_classes": 0, **({} if channels == 3 else {"in_chans": channels}), **config.backbone_options}
-
-
-def _size_options(image_px: int) -> tuple[dict[str, Any], ...]:
-    """What timm's architectures may take to learn of the size of images, most telling first."""
-    return {"dynamic_img_size": True, "img_size": image_px}, {"img_size": image_px}, {}
-
-
 def timm_arguments(config: BranchConfig, image_px: int, channels: int = 3) -> dict[str, Any]:
-    """What `timm.create_model` takes besides the name for the network that `create_net` builds, for a known branch."""
-    options = _options(config, channels)
+    """What `timm.create_model` takes besides the name for the network that `create_net` builds."""
     with torch.device("meta"):
-        for extra in _size_options(image_px):
-            try:
-                timm.create_model(config.backbone, pretrained=False, **{**extra, **options})
-            except TypeError:
-                continue
-            return {**extra, **options}
-    raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them")
+        return _timm_net(config, image_px, 0.0, channels)[1]
+
+
+def _timm_net(config: BranchConfig, image_px: int, drop_path: float, channels: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A network as timm builds it, and the arguments that it was built with."""
+    entry = f"branches.{config.name}.backbone"
+    if not timm.is_model(config.backbone):
+        near = timm.list_models(f"*{config.backbone.split('_')[0].rstrip('0123456789oO')}*")[:4]
+        raise UserError(f"{entry}: timm has no model '{config.backbone}'; similar: {', '.join(near) or 'none'}")
+    options = {"num_classes": 0, **({} if channels == 3 else {"in_chans": channels}), **config.backbone_options}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    error: Exception | None = None
+    # what architectures may take to learn of the size of images, most telling first
+    for extra in ({"dynamic_img_size": True, "img_size": image_px}, {"img_size": image_px}, {}):
+        arguments = {**extra, **options}
+        try:
+            return timm.create_model(config.backbone, pretrained=False, **arguments), arguments
+        except TypeError as caught:  # the architecture does not know one of the extra options
+            error = error if "unexpected keyword" in str(error) and extra else caught
+        except (RuntimeError, ValueError, AssertionError) as caught:
+            raise UserError(f"{entry}: '{config.backbone}' with {options} cannot be built: {_line(caught)}") from None
+    raise UserError(f"branches.{config.name}.backbone_options: '{config.backbone}' refuses them: {_line(error)}")
 
 
 def build_backbone(
@@ -183,10 +174,9 @@ def measure_shapes(
                     f"branches.{config.name}: '{config.backbone}' cannot take crops of {size} px: {_line(error)}; "
                     "change the crop's size_px or the network's patch or image size"
                 ) from None
-            if features.grid**2 != features.tokens.shape[1]:
-                raise UserError(
-                    f"branches.{config.name}: '{config.backbone}' gives {features.tokens.shape[1]} tokens, not a grid"
-                )
+            tokens = features.tokens.shape[1]
+            if features.grid**2 != tokens:
+                raise UserError(f"branches.{config.name}: '{config.backbone}' gives {tokens} tokens, not a grid")
             grids[size] = features.grid
     assert features is not None, "at least one crop size"
     return BackboneShapes(features.pooled.shape[1], features.tokens.shape[2], backbone.is_sequence, grids)

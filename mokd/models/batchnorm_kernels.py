@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mokd.losses.kernels.targets import at_least_fp32
+
 Statistics = tuple[Tensor, Tensor]
 
 
@@ -21,7 +23,7 @@ def statistics(x: Tensor, eps: float) -> Statistics:
     """Mean and `1 / sqrt(variance + eps)` `[C]` of this rank's `[B, C, ...]`, in fp32 or better."""
     if x.is_cuda:
         return torch.batch_norm_stats(x, eps)
-    x = _exact(x)
+    x = at_least_fp32(x)
     dims = _over(x)
     mean = x.mean(dims)
     return mean, torch.rsqrt(x.var(dims, correction=0) + eps)
@@ -58,7 +60,7 @@ def normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, of_all: St
     mean, inverse = of_all
     if x.is_cuda:
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
-    y = (_exact(x) - _as(mean, x)) * _as(inverse, x)
+    y = (at_least_fp32(x) - _as(mean, x)) * _as(inverse, x)
     if weight is not None and bias is not None:
         y = y * _as(weight, x) + _as(bias, x)
     return y.to(x.dtype)
@@ -69,8 +71,8 @@ def reduced(grad: Tensor, x: Tensor, weight: Tensor | None, of_all: Statistics) 
     mean, inverse = of_all
     if x.is_cuda:
         return torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, True, True, True)
-    grad, dims = _exact(grad), _over(x)
-    sums, products = grad.sum(dims), (grad * (_exact(x) - _as(mean, x))).sum(dims)
+    grad, dims = at_least_fp32(grad), _over(x)
+    sums, products = grad.sum(dims), (grad * (at_least_fp32(x) - _as(mean, x))).sum(dims)
     return sums, products, products * inverse, sums
 
 
@@ -82,13 +84,9 @@ def towards_input(
     if x.is_cuda:
         return torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, *sums, counts)
     total = counts.sum()
-    along = _as(sums[1] / total * inverse.square(), x) * (_exact(x) - _as(mean, x))
-    towards = (_exact(grad) - _as(sums[0] / total, x) - along) * _as(inverse, x)
+    along = _as(sums[1] / total * inverse.square(), x) * (at_least_fp32(x) - _as(mean, x))
+    towards = (at_least_fp32(grad) - _as(sums[0] / total, x) - along) * _as(inverse, x)
     return (towards if weight is None else towards * _as(weight, x)).to(x.dtype)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _over(x: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mokd.losses.kernels.targets import at_least_fp32
 from mokd.models import batchnorm_kernels as kernels
 
 
@@ -39,18 +40,16 @@ class _SumOverRanks(torch.autograd.Function):
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
     """Synchronised BatchNorm of `[B, C, ...]`, with the parameters and buffers of the one it replaces."""
 
-    def __init__(self, replaced: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__(
-            replaced.num_features, replaced.eps, replaced.momentum, replaced.affine, replaced.track_running_stats
-        )
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         # the same objects: optimisers and averages may hold references to them
-        self.weight, self.bias = replaced.weight, replaced.bias
-        self.running_mean, self.running_var = replaced.running_mean, replaced.running_var
-        self.num_batches_tracked = replaced.num_batches_tracked
-        self.train(replaced.training)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.train(norm.training)
         # timm's fused norm + activation layers carry these two
-        self.drop = getattr(replaced, "drop", nn.Identity())
-        self.act = getattr(replaced, "act", nn.Identity())
+        self.drop = getattr(norm, "drop", nn.Identity())
+        self.act = getattr(norm, "act", nn.Identity())
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -78,7 +77,7 @@ class CpuSyncBatchNorm(_SyncBatchNorm):
 
     def _over_ranks(self, input: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            x = input if input.dtype == torch.float64 else input.float()
+            x = at_least_fp32(input)
             dims = [0, *range(2, x.ndim)]
             shape = [1, -1] + [1] * (x.ndim - 2)
             # two passes: the variance of centred values does not cancel

@@ -17,12 +17,8 @@ Record = Mapping[str, Any]
 GRACE_STEPS = 1000  # at most, in which a young network may look collapsed
 
 
-@dataclass(frozen=True)
-class Sign:
-    """What a rule sees in one record. alarm: its name, `<rule>/<branch>`; advice: what is wrong, the key to change."""
-
-    alarm: str
-    advice: str
+# what a rule sees in one record: the alarm's name, `<rule>/<branch>`, and advice: what is wrong, the key to change
+Sign = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,10 @@ class Rules:
         """The new alarms. Records of evaluations, which have no speed, say nothing."""
         if "images_per_second" not in record:
             return []
-        signs = {sign.alarm: sign for sign in self._signs(record)}
+        signs = dict(self._signs(record))
         self._seen = {name: self._seen.get(name, 0) + 1 for name in signs}
-        due = [signs[name] for name, count in self._seen.items() if count == self._limits.patience]
-        return [Alarm(int(record["step"]), sign.alarm, sign.advice) for sign in due]
+        due = [name for name, count in self._seen.items() if count == self._limits.patience]
+        return [Alarm(int(record["step"]), name, signs[name]) for name in due]
 
     def _signs(self, record: Record) -> Iterator[Sign]:
         yield from self._of_time(record)
@@ -72,14 +68,14 @@ class Rules:
         limits = self._limits
         waits, rank = record.get("data_wait_fraction"), int(record.get("data_wait_rank", 0))
         if limits.data_wait is not None and waits is not None and waits > limits.data_wait:
-            yield Sign(
+            yield (
                 "data_wait",
                 f"rank {rank} waits for data for {100 * waits:.0f}% of the time, and all others with it; raise "
                 "data.workers, or convert to smaller images (mokd convert --max-resolution)",
             )
         excess = record.get("slow_rank_excess")
         if limits.slow_rank is not None and excess is not None and excess > limits.slow_rank:
-            yield Sign(
+            yield (
                 "slow_rank",
                 f"rank {int(record['slow_rank'])} takes longer than the others by {100 * excess:.0f}% of a step, in "
                 "its loader or optimizer; look at its node (mokd doctor), or leave it out (cluster.exclude)",
@@ -89,7 +85,7 @@ class Rules:
         """What is wrong at any step, the first included."""
         norm, limit = record.get(f"gradient_norm/{branch}"), self._limits.gradient_norm
         if limit is not None and norm is not None and norm < limit:
-            yield Sign(
+            yield (
                 f"dead_branch/{branch}",
                 f"{branch} gets no gradient (norm {norm:.1e}); turn a term of objective.terms on, or look at "
                 f"branches.{branch}.backbone and branches.{branch}.optimizer",
@@ -97,7 +93,7 @@ class Rules:
         frozen, saturated = self._limits.center_frozen, self._saturated(record, branch)
         for key, change in _of_branch(record, "center_change", branch):
             if frozen is not None and change < frozen and key not in saturated:  # with nothing to center, it may stand
-                yield Sign(
+                yield (
                     f"center_frozen/{key}",
                     f"the center of {key} stands still; lower objective.center_momentum "
                     f"({self._config.objective.model_dump().get('center_momentum')} now)",
@@ -116,19 +112,19 @@ class Rules:
         for key, used in _of_branch(record, "prototypes_in_use", branch):
             spread = math.log(max(used, 1.0))
             if key in saturated:
-                yield Sign(
+                yield (
                     f"entropy_saturated/{key}",
                     f"the targets of {key} are uniform (entropy {saturated[key]:.3f} of ln K = {ln_k:.3f}): they say "
                     "nothing; lower objective.teacher_temp, or optim.teacher_momentum while the network is young",
                 )
             elif limits.entropy_collapsed is not None and spread < limits.entropy_collapsed * ln_k:
-                yield Sign(
+                yield (
                     f"entropy_collapsed/{key}",
                     f"all targets of {key} lie on {used:.1f} prototypes; lower objective.center_momentum, raise "
                     f"objective.teacher_temp, or lower branches.{branch}.optimizer.lr",
                 )
             elif limits.targets_constant is not None and spread - entropies.get(key, 0.0) < limits.targets_constant:
-                yield Sign(
+                yield (
                     f"targets_constant/{key}",
                     f"the targets of {key} are the same whatever the image is; lower branches.{branch}.optimizer.lr, "
                     "or raise optim.warmup_epochs",
@@ -137,7 +133,7 @@ class Rules:
     def _of_features(self, record: Record, branch: str) -> Iterator[Sign]:
         limits, spread = self._limits, record.get(f"feature_spread/{branch}")
         if limits.feature_spread is not None and spread is not None and spread < limits.feature_spread:
-            yield Sign(
+            yield (
                 f"feature_spread/{branch}",
                 f"the features of {branch} are the same whatever the image is (spread {spread:.4f}, 1 were healthy); "
                 f"lower branches.{branch}.optimizer.lr, or raise optim.warmup_epochs",
@@ -151,13 +147,13 @@ class Rules:
             self._best[branch] = max(self._best.get(branch, 0.0), min(newest))
         best = self._best.get(branch, 0.0)
         if limits.feature_rank is not None and rank < limits.feature_rank:
-            yield Sign(
+            yield (
                 f"feature_rank/{branch}",
                 f"the features of {branch} differ along one direction only (effective rank {rank:.2f}); lower "
                 f"branches.{branch}.optimizer.lr, or raise optim.warmup_epochs",
             )
         elif limits.feature_rank_fall is not None and rank < limits.feature_rank_fall * best:
-            yield Sign(
+            yield (
                 f"feature_rank_fall/{branch}",
                 f"the effective rank of the features of {branch} has fallen from {best:.0f} to {rank:.1f}; go back "
                 f"(mokd resume RUN --from-step N) with a lower branches.{branch}.optimizer.lr",
@@ -169,14 +165,14 @@ class Rules:
             loss = record.get(f"loss/{branch}/{term}")
             if limits.loss_at_ln_k is None or loss is None or abs(loss - ln_k) > limits.loss_at_ln_k * ln_k:
                 continue
-            yield Sign(
+            yield (
                 f"loss_at_ln_k/{branch}/{term}",
                 f"{term} of {branch} sits at ln K = {ln_k:.3f}: it guesses; lower {self._temperature()}, or change "
                 f"branches.{branch}.optimizer.lr",
             )
         ratio = record.get(f"cross_to_self/{branch}")
         if limits.cross_to_self is not None and ratio is not None and ratio > limits.cross_to_self:
-            yield Sign(
+            yield (
                 f"cross_dominates/{branch}",
                 f"the cross terms of {branch} weigh {ratio:.0f} times its self terms; lower branches.{branch}.weight",
             )

@@ -160,10 +160,8 @@ class Monitors:
         table[self._ranks.rank] = torch.tensor(own, dtype=torch.float64)
         local = torch.stack([value.double() for value in means.values()])
         sums = all_reduce_sum(torch.cat([local, table.flatten().to(local.device)]))
-        return (
-            dict(zip(means, (sums[: len(means)] / world).unbind(), strict=True)),
-            sums[len(means) :].view(world, 2),
-        )
+        reduced, by_rank = sums[: len(means)] / world, sums[len(means) :].view(world, 2)
+        return dict(zip(means, reduced.unbind(), strict=True)), by_rank
 
     def _of_targets(self, heads: Sequence[tuple[str, str]], targets: Tensor, centers: Tensor) -> dict[str, Tensor]:
         """What the mean targets `[H, K]` and centers `[H, K]` say by themselves, and compared with those before."""
@@ -182,12 +180,11 @@ class Monitors:
             columns["features", branch] = seen.features
             columns |= {(head, branch): values.unsqueeze(1) for head, values in seen.entropies.items()}
         own = min(-(-IMAGES // self._ranks.world_size), *(len(rows) for rows in columns.values()))
-        together = torch.cat([rows[:own].to(self._widest(columns)) for rows in columns.values()], dim=1)
+        wide = any(rows.dtype == torch.float64 for rows in columns.values())
+        dtype = torch.float64 if wide else torch.float32
+        together = torch.cat([rows[:own].to(dtype) for rows in columns.values()], dim=1)
         parts = all_gather(together).flatten(0, 1).double().split([rows.shape[1] for rows in columns.values()], dim=1)
         return {key: part if key[0] == "features" else part[:, 0] for key, part in zip(columns, parts, strict=True)}
-
-    def _widest(self, columns: Mapping[tuple[str, str], Tensor]) -> torch.dtype:
-        return torch.float64 if any(rows.dtype == torch.float64 for rows in columns.values()) else torch.float32
 
 
 def _key(name: str, branch: str, head: str) -> str:

@@ -40,15 +40,11 @@ def linear_cka(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """
     if len(a) < 4:
         return float("nan")
-    a, b = (_without_diagonal(gram) for gram in (a, b))
+    a, b = (gram - np.diag(np.diag(gram)) for gram in (a, b))
     own = [_hsic(gram, gram) for gram in (a, b)]
     if any(value <= _ROUNDING * (gram**2).mean() for value, gram in zip(own, (a, b), strict=True)):
         return float("nan")
     return float(_hsic(a, b) / np.sqrt(own[0] * own[1]))
-
-
-def _without_diagonal(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    return gram - np.diag(np.diag(gram))
 
 
 def _hsic(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -10,57 +10,30 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.config import ViewsConfig
-from mokd.config import BranchConfig, ContrastiveConfig
+from mokd.config import BranchConfig, ContrastiveConfig, RunConfig
 from mokd.config.ramps import factor
 from mokd.losses.info_nce import CHUNK, info_nce
+from mokd.models.backbones import build_for_views
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
-from mokd.objectives.contrastive_network import ContrastiveNetwork, ContrastiveOutput, Seen, build_contrastive_network
-from mokd.objectives.memory_bank import MemoryBank, bank_tensors, gather_keys, load_bank_tensors
-from mokd.runs.seeds import derive_seed
+from mokd.objectives.contrastive_network import ContrastiveNetwork, ContrastiveOutput, Seen
+from mokd.objectives.memory_bank import bank_tensors, gather_keys, load_bank_tensors, memory_banks
 
 
 class ContrastiveObjective:
     """`self + beta * cross` for any number of branches; one branch alone is momentum contrast."""
 
-    def __init__(
-        self,
-        config: ContrastiveConfig,
-        views: ViewsConfig,
-        names: Sequence[str],
-        device: torch.device,
-        seed: int,
-        global_batch: int,
-        epochs: int,
-    ) -> None:
-        self.config, self.epochs = config, epochs
-        self.keys_per_step = views.count * global_batch
-        self.views = views
-        self.crosses = len(names) > 1 and config.cross_weight > 0.0
-        # fp32, unless everything is computed in more
-        dtype = torch.bfloat16 if config.bank.storage == "bf16" else torch.get_default_dtype()
-        self.banks = {
-            name: MemoryBank(
-                config.bank.size,
-                config.width,
-                seed=derive_seed(seed, "memory bank", name),
-                dtype=dtype,
-                device=device,
-            )
-            for name in names
-        }
+    def __init__(self, config: ContrastiveConfig, run: RunConfig, device: torch.device) -> None:
+        self.config, self.views, self.epochs = config, run.views, run.optim.epochs
+        self.keys_per_step = run.views.count * run.optim.global_batch
+        self.crosses = len(run.branches) > 1 and config.cross_weight > 0.0
+        widths = {branch.name: config.width for branch in run.branches}
+        self.banks = memory_banks(config.bank, widths, run.seed, device)
         self._keys: list[Tensor] = []  # of the micro-batches of this step
 
     def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> ContrastiveNetwork:
         """The student or teacher of one branch."""
-        return build_contrastive_network(
-            config,
-            self.config,
-            self.views,
-            student=student,
-            alone=config.frozen or not self.crosses,
-            images_per_rank=images_per_rank,
-        )
+        backbone, shapes = build_for_views(config, self.views, student=student, images_per_rank=images_per_rank)
+        return ContrastiveNetwork(backbone, shapes, self.config, alone=config.frozen or not self.crosses)
 
     @torch.no_grad()
     def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> list[Seen]:
@@ -81,31 +54,23 @@ class ContrastiveObjective:
     def loss(
         self, branch: Branch, branches: Sequence[TeachingBranch], seen: list[Seen], views: Sequence[Tensor], epoch: int
     ) -> BranchLoss:
-        """The loss of a branch, whose positives are its own teacher's keys and what it aligns of the others'."""
+        """The loss of a branch, whose positives are its own teacher's keys and what it aligns of the others': the self
+        term, and the mean over the other branches of the cross terms; each a mean over views and images.
+        """
         (crops,) = views
         i = branches.index(branch)
         others = [j for j in range(len(branches)) if j != i and self.crosses]
         student: ContrastiveOutput = branch.forward_student(crops, others=[seen[j] for j in others])
-        keys = {branches[j].name: aligned for j, aligned in zip(others, student.aligned, strict=True)}
-        weight = branch.config.weight * factor(branch.config.weight_ramp, epoch, self.epochs)
-        return self._branch_loss(branch, student, seen[i].projected.flip(0), keys, self.config.cross_weight * weight)
-
-    def _branch_loss(
-        self,
-        branch: Branch,
-        student: ContrastiveOutput,
-        own_keys: Tensor,
-        cross_keys: dict[str, Tensor],
-        cross_weight: float,
-    ) -> BranchLoss:
-        """The self term, and the mean over the other branches of the cross terms; each a mean over views and images."""
         queries = student.projected.flatten(0, 1)
-        positives = own_keys.flatten(0, 1)
+        positives = seen[i].projected.flip(0).flatten(0, 1)
         rows, hardest = self._against_bank(queries, positives, branch.name)
         total = rows.mean()
         terms = {"self": total.detach()}
-        if cross_keys:
-            losses = [self._against_bank(queries, k.flatten(0, 1), name)[0].mean() for name, k in cross_keys.items()]
+        weight = branch.config.weight * factor(branch.config.weight_ramp, epoch, self.epochs)
+        cross_weight = self.config.cross_weight * weight
+        if others:
+            pairs = zip(others, student.aligned, strict=True)
+            losses = [self._against_bank(queries, k.flatten(0, 1), branches[j].name)[0].mean() for j, k in pairs]
             cross = torch.stack(losses).mean()
             terms["cross"] = cross.detach()
             total = total + cross_weight * cross

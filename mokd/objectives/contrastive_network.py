@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from data_pipeline.config import ViewsConfig
-from mokd.config import BranchConfig, ContrastiveConfig
-from mokd.models.backbones import Backbone, BackboneShapes, build_for_views
+from mokd.config import ContrastiveConfig
+from mokd.models.backbones import Backbone, BackboneShapes
 from mokd.models.blocks import repeated_blocks
 from mokd.models.heads import mlp, unit_vectors
 from mokd.models.trainable import TrainableNetwork, Units
@@ -110,17 +109,3 @@ class ContrastiveNetwork(TrainableNetwork):
             aligned=tuple(aligned),
             pooled=features.pooled.unflatten(0, by_view),
         )
-
-
-def build_contrastive_network(
-    config: BranchConfig,
-    objective: ContrastiveConfig,
-    views: ViewsConfig,
-    *,
-    student: bool,
-    alone: bool,
-    images_per_rank: int,
-) -> ContrastiveNetwork:
-    """A branch's student (with stochastic depth) or teacher, randomly initialised on the default device."""
-    backbone, shapes = build_for_views(config, views, student=student, images_per_rank=images_per_rank)
-    return ContrastiveNetwork(backbone, shapes, objective, alone=alone)

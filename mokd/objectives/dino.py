@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.config import ViewsConfig
-from mokd.config import BranchConfig, DinoConfig
+from mokd.config import BranchConfig, DinoConfig, RunConfig
 from mokd.config.ramps import factor
 from mokd.distributed.process_group import world_size
 from mokd.distributed.side_stream import SideStream
@@ -20,8 +19,10 @@ from mokd.losses.kernels.targets import Target, entropy
 from mokd.losses.prototype_loss import prototype_loss
 from mokd.losses.prototypes import HeadOutput
 from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
+from mokd.models.backbones import build_for_views
+from mokd.models.heads import MlpHead, THead
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
-from mokd.objectives.dino_network import Network, NetworkOutput, build_network
+from mokd.objectives.dino_network import Network, NetworkOutput
 from mokd.optim.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
@@ -31,39 +32,39 @@ TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
 class DinoObjective:
     """The four terms of the paper for any number of branches; one branch alone has the two self terms."""
 
-    def __init__(
-        self,
-        config: DinoConfig,
-        views: ViewsConfig,
-        names: Sequence[str],
-        device: torch.device,
-        *,
-        epochs: int = 1,
-        frozen_epochs: int = 0,
-        recompute_logits: bool | None = None,
-        overlap_teachers: bool = False,
-    ) -> None:
-        self.config = config
-        self.views = views
-        self.names = list(names)
-        self.epochs = epochs
-        self.frozen_epochs = frozen_epochs  # in which prototypes get no gradients
-        self.recompute_logits = recompute_logits
-        self._beside = SideStream(device, wanted=overlap_teachers)
+    def __init__(self, config: DinoConfig, run: RunConfig, device: torch.device) -> None:
+        self.config, self.views, self.epochs = config, run.views, run.optim.epochs
+        self.names = [branch.name for branch in run.branches]
+        self.frozen_epochs = run.optim.freeze_last_layer_epochs  # in which prototypes get no gradients
+        self.recompute_logits = run.execution.recompute_logits
+        self._beside = SideStream(device, wanted=run.execution.overlap_teachers)
         # one centre per branch and head, shared by the self and the cross terms
-        self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
+        self.centers = torch.zeros(len(self.names), len(HEADS), config.prototypes, device=device)
         # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
         self._seen: list[Tensor] = []
         self._arriving: list[dist.Work] = []
 
     def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> Network:
         """The student or teacher of one branch."""
-        return build_network(config, self.config, self.views, student=student, images_per_rank=images_per_rank)
+        backbone, shapes = build_for_views(config, self.views, student=student, images_per_rank=images_per_rank)
+        prototypes = self.config.prototypes
+        mlp_head = MlpHead(config.mlp_head, shapes.pooled_width, prototypes)
+        t_head = THead(self.config.t_head, shapes, self.views.global_crops.size_px, prototypes)
+        return Network(backbone, mlp_head, t_head)
 
+    @torch.no_grad()
     def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         """What all teachers say of the global views, the first group."""
+        cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
+        shared = cross if len(branches) > 1 and self._on("cross_mlp", epoch) else set()
+        # nobody asks a frozen branch for targets of its own
+        own = [
+            set() if branch.config.frozen else {self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)}
+            for branch in branches
+        ]
         with self._beside.begin():
-            return self._teachers(branches, views, epoch)
+            outputs = [branch.teacher(views[:1]) for branch in branches]
+            return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
 
     def remember(self, taught: Teachers) -> None:
         """The means of the teachers' outputs, for the centres."""
@@ -80,12 +81,7 @@ class DinoObjective:
         return epoch >= self.frozen_epochs, *temperatures, *weights
 
     def loss(
-        self,
-        branch: Branch,
-        branches: Sequence[TeachingBranch],
-        teachers: Teachers,
-        views: Sequence[Tensor],
-        epoch: int,
+        self, branch: Branch, branches: Sequence[TeachingBranch], taught: Teachers, views: Sequence[Tensor], epoch: int
     ) -> BranchLoss:
         """The loss of a branch, which learns from its own teacher and from all others."""
         i, weights = branches.index(branch), self._weights(branch.config, epoch)
@@ -95,31 +91,28 @@ class DinoObjective:
         student: NetworkOutput = branch.forward_student(list(views))
         self._beside.join()
         with torch.no_grad():
-            mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), weights["self_mlp"])}
+            mlp = {"self_mlp": Target(taught.probabilities(i, 0, own), weights["self_mlp"])}
             if others and self._on("cross_mlp", epoch):
                 # with several others the mean of their targets is the target of the mean loss
-                probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
+                probabilities = _mean([taught.probabilities(j, 0, cross) for j in others])
                 mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"])
                 if self.config.cross_same_view:
                     everyones = _for_all_views(probabilities, self.views.count)
                     mlp["cross_mlp"] = Target(everyones, weights["cross_mlp"], paired=False)
         losses = [self._head_loss(student.mlp, mlp, epoch)]
         with torch.no_grad():
-            t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), weights["self_thead"])}
+            t_head = {"self_thead": Target(taught.probabilities(i, 1, own), weights["self_thead"])}
             if others and self._on("cross_search", epoch):
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
-                found = _mean([self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others])
+                found = _mean([self._search(j, branches[j], taught.outputs[j], queries, cross) for j in others])
                 t_head["cross_search"] = Target(found, weights["cross_search"], paired=False, first_view=first)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
-        pooled, targets = (
-            student.pooled[0].detach(),
-            (mlp["self_mlp"].probabilities, t_head["self_thead"].probabilities),
-        )
+        pooled = student.pooled[0].detach()
+        by_head = {"mlp": mlp["self_mlp"].probabilities, "t_head": t_head["self_thead"].probabilities}
 
         def observe() -> Observation:
-            by_head = dict(zip(HEADS, targets, strict=True))
             return Observation(
                 features=normalized_features(pooled),
                 entropies={head: entropy(p).mean(dim=0) for head, p in by_head.items()},
@@ -138,18 +131,6 @@ class DinoObjective:
             train_prototypes=epoch >= self.frozen_epochs,
             recompute=self.recompute_logits,
         )
-
-    @torch.no_grad()
-    def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
-        cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
-        shared = cross if len(branches) > 1 and self._on("cross_mlp", epoch) else set()
-        # nobody asks a frozen branch for targets of its own
-        own = [
-            set() if branch.config.frozen else {self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)}
-            for branch in branches
-        ]
-        outputs = [branch.teacher(views[:1]) for branch in branches]
-        return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
 
     def _search(
         self, j: int, other: TeachingBranch, teacher: NetworkOutput, queries: Tensor, temperature: float
@@ -227,10 +208,8 @@ class Teachers:
                 wanted = sorted(temperatures[i][h])
                 for temperature in wanted:
                     # the last may take the memory of the logits
-                    in_place = temperature == wanted[-1]
-                    self._known[i, h, temperature] = teacher_probabilities(
-                        logits, centers[i, h], temperature, in_place=in_place
-                    )
+                    p = teacher_probabilities(logits, centers[i, h], temperature, in_place=temperature == wanted[-1])
+                    self._known[i, h, temperature] = p
         self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
 
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:

@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.config import ViewsConfig
-from mokd.config import BranchConfig, DinoConfig
 from mokd.losses.prototypes import HeadOutput
-from mokd.models.backbones import Backbone, build_for_views
+from mokd.models.backbones import Backbone
 from mokd.models.blocks import repeated_blocks
 from mokd.models.heads import MlpHead, THead
 from mokd.models.trainable import TrainableNetwork, Units
@@ -90,15 +88,3 @@ class Network(TrainableNetwork):
         views, batch = queries.shape[:2]
         repeated = tokens.unsqueeze(0).expand(views, *tokens.shape).flatten(0, 1)
         return self.t_head(repeated, queries.flatten(0, 1)).unflatten(0, (views, batch))
-
-
-def build_network(
-    config: BranchConfig, objective: DinoConfig, views: ViewsConfig, *, student: bool, images_per_rank: int
-) -> Network:
-    """A branch's student (with stochastic depth) or teacher, randomly initialised on the default device."""
-    backbone, shapes = build_for_views(config, views, student=student, images_per_rank=images_per_rank)
-    return Network(
-        backbone,
-        MlpHead(config.mlp_head, shapes.pooled_width, objective.prototypes),
-        THead(objective.t_head, shapes, views.global_crops.size_px, objective.prototypes),
-    )

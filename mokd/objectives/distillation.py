@@ -12,15 +12,13 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.config import ViewsConfig
-from mokd.config import BranchConfig, RegressionConfig, SeedConfig
+from mokd.config import BranchConfig, RegressionConfig, RunConfig, SeedConfig
 from mokd.losses.distillation import feature_regression, similarity_distillation, standardised
 from mokd.models.backbones import build_for_views, measure_shapes
 from mokd.models.heads import unit_vectors
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.distillation_network import DistillationNetwork, DistillationOutput
-from mokd.objectives.memory_bank import MemoryBank, bank_tensors, gather_keys, load_bank_tensors
-from mokd.runs.seeds import derive_seed
+from mokd.objectives.memory_bank import MemoryBank, bank_tensors, gather_keys, load_bank_tensors, memory_banks
 
 # a frozen branch's features as targets `[V, B, D]`, by its name
 Targets = dict[str, Tensor]
@@ -29,24 +27,13 @@ Targets = dict[str, Tensor]
 class DistillationObjective:
     """One term, the mean over frozen branches; both networks see the same views. The targets are pooled features."""
 
-    def __init__(
-        self,
-        config: SeedConfig | RegressionConfig,
-        views: ViewsConfig,
-        branches: Sequence[BranchConfig],
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.config, self.views = config, views
-        px = views.global_crops.size_px
-        self.widths = {b.name: measure_shapes(b, px, [px], views.channels).pooled_width for b in branches if b.frozen}
+    def __init__(self, config: SeedConfig | RegressionConfig, run: RunConfig, device: torch.device) -> None:
+        self.config, self.views = config, run.views
+        frozen, px = [branch for branch in run.branches if branch.frozen], run.views.global_crops.size_px
+        self.widths = {b.name: measure_shapes(b, px, [px], run.views.channels).pooled_width for b in frozen}
         self.queues: dict[str, MemoryBank] = {}
         if isinstance(config, SeedConfig):
-            # fp32, unless everything is computed in more
-            dtype = torch.bfloat16 if config.queue.storage == "bf16" else torch.get_default_dtype()
-            for name, width in self.widths.items():
-                own_seed = derive_seed(seed, "memory bank", name)
-                self.queues[name] = MemoryBank(config.queue.size, width, seed=own_seed, dtype=dtype, device=device)
+            self.queues = memory_banks(config.queue, self.widths, run.seed, device)
         self._seen: list[Targets] = []  # of the micro-batches of this step
 
     def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> DistillationNetwork:

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mokd.config.objectives import BankConfig
 from mokd.distributed.process_group import all_gather
 from mokd.models.heads import unit_vectors
+from mokd.runs.seeds import derive_seed
 
 
 class MemoryBank:
@@ -52,6 +54,14 @@ class MemoryBank:
         """Restores what `state_tensors` gave."""
         self.keys.copy_(tensors["keys"])
         self.written = int(tensors["written"])
+
+
+def memory_banks(bank: BankConfig, widths: Mapping[str, int], seed: int, device: torch.device) -> dict[str, MemoryBank]:
+    """Banks by branch, of keys as wide as the branch's; each is drawn from the run's seed and its branch's name."""
+    # fp32, unless everything is computed in more
+    dtype = torch.bfloat16 if bank.storage == "bf16" else torch.get_default_dtype()
+    seeds = {name: derive_seed(seed, "memory bank", name) for name in widths}
+    return {n: MemoryBank(bank.size, width, seed=seeds[n], dtype=dtype, device=device) for n, width in widths.items()}
 
 
 def bank_tensors(kind: str, banks: Mapping[str, MemoryBank]) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from mokd.distributed.process_group import all_reduce_max
 
 GROWTH, BACKOFF = 2.0, 0.5
 LARGEST = 2.0**24
@@ -48,7 +49,5 @@ def any_overflow(gradients: Sequence[Sequence[Tensor]]) -> list[bool]:
     # a rank's piece may be empty, which has no largest element
     norms = [torch._foreach_norm([g for g in own if g.numel()], torch.inf) for own in gradients]
     found = torch.stack([~torch.stack(largest).isfinite().all() for largest in norms])
-    flags = found.to(torch.int32)
-    if dist.is_initialized():
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # a rank may hold only pieces
+    flags = all_reduce_max(found.to(torch.int32))  # a rank may hold only pieces
     return [bool(flag) for flag in flags.tolist()]

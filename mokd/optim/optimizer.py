@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.config import BranchConfig, GroupConfig, OptimConfig, OptimizerConfig
+from mokd.distributed.host_copy import constant
 from mokd.distributed.sharding import assemble, is_sharded, own_rows, piece, shard_group
 from mokd.models.trainable import TrainableNetwork
 from mokd.optim.schedules import cosine, warmup_cosine
@@ -35,7 +35,8 @@ class BranchOptimizer:
         self._registered = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.shard_group = shard_group(self._registered.values())
         # what is optimised: the parameters themselves, or this rank's pieces of them
-        self._named = [(name, _optimised(p)) for name, p in self._registered.items()]
+        own = {name: nn.Parameter(piece(p)) if is_sharded(p) else p for name, p in self._registered.items()}
+        self._named = list(own.items())
         groups = list(_groups(self._named, branch, student))
         self._main = config = branch.own_optimizer
         # the fused optimisers read and write everything once: on CPUs several times as fast as foreach
@@ -159,25 +160,19 @@ def layer_factors(student: TrainableNetwork, config: OptimizerConfig, owner: str
     for each block below it, most for the stem (BEiT, arXiv 2106.08254, appendix; timm counts the layers). Empty where
     no factor is asked for; UserError where timm cannot tell the layers of a network apart.
     """
-    if config.backbone_lr_factor == config.layer_decay == 1.0:
+    factor, decay = config.backbone_lr_factor, config.layer_decay
+    if factor == decay == 1.0:
         return {}
     net: Any = student.backbone.net
     names = [name for name, _ in net.named_parameters()]
     distances = dict.fromkeys(names, 0)
-    if config.layer_decay != 1.0:
+    if decay != 1.0:
         if not hasattr(net, "group_matcher"):
             raise UserError(f"{owner}.optimizer.layer_decay: timm does not tell the layers of this network apart")
         layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
         top = max(layers.values()) + 1
         distances = {name: top - layer for name, layer in layers.items()}
-    return {
-        f"backbone.net.{name}": config.backbone_lr_factor * config.layer_decay**distance
-        for name, distance in distances.items()
-    }
-
-
-def _optimised(p: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(piece(p)) if is_sharded(p) else p
+    return {f"backbone.net.{name}": factor * decay**distance for name, distance in distances.items()}
 
 
 @torch.no_grad()
@@ -218,7 +213,7 @@ def scale_each(tensors: list[Tensor], factors: Tensor) -> None:
     lines = [_in_memory_order(tensors[i]) for i in small]
     sizes = tuple(line.numel() for line in lines)
     flat = torch.cat(lines)
-    counts, chosen = (_constant(numbers, flat.device) for numbers in (sizes, tuple(small)))
+    counts, chosen = (constant(numbers, torch.int64, flat.device) for numbers in (sizes, tuple(small)))
     flat *= factors[chosen].to(flat.dtype).repeat_interleave(counts, output_size=flat.numel())  # no wait for the sum
     torch._foreach_copy_(lines, list(flat.split(sizes)))
 
@@ -226,9 +221,3 @@ def scale_each(tensors: list[Tensor], factors: Tensor) -> None:
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """The elements as they lie, `[n]`, sharing memory; in channels-last order too."""
     return tensor.as_strided((tensor.numel(),), (1,))
-
-
-@lru_cache(maxsize=16)
-def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once: bringing numbers to a GPU makes the host wait for it."""
-    return torch.tensor(numbers, device=device)

@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from mokd.runs.files import read_json, replace_json
@@ -32,10 +31,8 @@ class Heartbeat:
     start the parts.
     """
 
-    def __init__(
-        self, run: RunDirectory, attempt: int, rank: int, parts_before: Mapping[str, float] | None = None
-    ) -> None:
-        """parts_before: parts of the start that came before the attempt was known, in order, with their beginnings."""
+    def __init__(self, run: RunDirectory, attempt: int, rank: int, before: Mapping[str, float] | None = None) -> None:
+        """before: parts of the start that came before the attempt was known, in order, with their beginnings."""
         self._run, self._attempt, self._rank = run, attempt, rank
         self._file = run.heartbeats / f"rank-{rank}.json"
         self._phases = run.phases_file(attempt)
@@ -44,7 +41,7 @@ class Heartbeat:
         self._closed = threading.Event()
         for folder in (self._file.parent, self._phases.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        for part, began in (parts_before or {}).items():
+        for part, began in (before or {}).items():
             self._record({"time": began, "phase": "start", "part": part, "step": 0})
         self.phase("start", int(run.read_status().get("step", 0)))
         self._write()
@@ -114,13 +111,10 @@ def _host() -> str:
 
 def process_began() -> float:
     """When this process was started, in seconds since the epoch; now, where the kernel does not say."""
-    now = time.time()
-    try:
-        # the name in parentheses may hold anything, spaces included
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError):
+    now, started = time.time(), process_start(os.getpid())
+    if started is None:
         return now
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK"))
 
 
 def read_heartbeats(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:

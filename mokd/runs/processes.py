@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> str | None:
-    """The kernel's start time of a living process; with the id it names a process for good."""
+    """The kernel's start time of a living process, in ticks since boot; with the id it names a process for good."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

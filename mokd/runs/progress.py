@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-
-EVERY_SECONDS = 10.0
 
 
 def duration(seconds: float) -> str:
@@ -31,28 +30,18 @@ class WorkProgress:
     Use it as a context. every_seconds: how far plain lines are apart, the first and the last come always.
     """
 
-    def __init__(
-        self,
-        title: str,
-        *,
-        done: int = 0,
-        every_seconds: float = EVERY_SECONDS,
-        per_second: bool = True,
-        shown: bool = True,
-    ) -> None:
-        self._title, self._first, self._every, self._shown = title, done, every_seconds, shown
-        self._per_second = per_second
+    every_seconds = 10.0
+
+    def __init__(self, title: str, *, done: int = 0, per_second: bool = True, shown: bool = True) -> None:
+        self._title, self._first, self._per_second, self._shown = title, done, per_second, shown
         self._started = time.monotonic()
-        self._told = -every_seconds
+        self._told = -self.every_seconds
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         if shown and self._console.is_terminal:
             # what matters comes first: a narrow terminal cuts off the end
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(12),
-                TextColumn("{task.fields[facts]}", markup=False),
-            )
+            text = partial(TextColumn, markup=False)
+            columns = (text("{task.description}"), BarColumn(12), text("{task.fields[facts]}"))
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task(title, total=None, facts="")
             self._bar.start()
@@ -75,7 +64,7 @@ class WorkProgress:
         text = "  ".join(part for part in parts if part)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, facts=text)
-        elif now - self._told >= self._every or done >= total:
+        elif now - self._told >= self.every_seconds or done >= total:
             self._told = now
             self.say(text)
 
@@ -96,8 +85,10 @@ class WorkProgress:
 class TrainingProgress(WorkProgress):
     """Step, images/s, ETA, time waiting for data and the loss of every branch, at every logged step."""
 
+    every_seconds = 0.0
+
     def __init__(self, total_steps: int, done: int) -> None:
-        super().__init__("train", done=done, every_seconds=0.0, per_second=False)
+        super().__init__("train", done=done, per_second=False)
         self._total = total_steps
 
     def _count(self, done: int, total: int) -> str:

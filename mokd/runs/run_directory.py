@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,76 +24,38 @@ class StaleAttemptError(RuntimeError):
     """A newer attempt at the same run has started; this one must write nothing more."""
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths and marks of one run. Nothing here needs torch, so status commands stay quick."""
 
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment_file(self) -> Path:
-        """Versions, commit and command of the newest attempt."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object per logged step or evaluation."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.path / "tb"
-
-    @property
-    def loggers_file(self) -> Path:
-        """What wandb and mlflow call this run."""
-        return self.path / "loggers.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Published checkpoints, `step-<n>`, and `latest`, which names the newest."""
-        return self.path / "checkpoints"
-
-    @property
-    def jobs(self) -> Path:
-        """The scheduler's files."""
-        return self.path / "jobs"
-
-    @property
-    def evaluations(self) -> Path:
-        """Results of `mokd eval`."""
-        return self.path / "eval"
-
-    @property
-    def initial_weights(self) -> Path:
-        """First weights that came from elsewhere, `<branch>.safetensors`, and where from, `<branch>.json`."""
-        return self.path / "init"
-
-    @property
-    def failures(self) -> Path:
-        """What was known when a loss was not finite, `step-<n>/`."""
-        return self.path / "failures"
-
-    @property
-    def changes_file(self) -> Path:
-        """Hyper-parameters changed on the way: lines of JSON with `time`, `step`, `key`, `before`, `after`."""
-        return self.path / "changes.jsonl"
-
-    @property
-    def alarms_file(self) -> Path:
-        """What monitors warned of: lines of JSON with `time`, `step`, `alarm`, `advice`."""
-        return self.path / "alarms.jsonl"
-
-    @property
-    def heartbeats(self) -> Path:
-        """What every rank is doing, `rank-<r>.json`."""
-        return self.path / "heartbeat"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # the resolved configuration
+        self.config_file = path / "config.yaml"
+        # versions, commit and command of the newest attempt
+        self.environment_file = path / "environment.json"
+        # one JSON object per logged step or evaluation
+        self.metrics_file = path / "metrics.jsonl"
+        # TensorBoard's event files
+        self.tensorboard = path / "tb"
+        # what wandb and mlflow call this run
+        self.loggers_file = path / "loggers.json"
+        # published checkpoints, `step-<n>`, and `latest`, which names the newest
+        self.checkpoints = path / "checkpoints"
+        # the scheduler's files
+        self.jobs = path / "jobs"
+        # results of `mokd eval`
+        self.evaluations = path / "eval"
+        # first weights that came from elsewhere, `<branch>.safetensors`, and where from, `<branch>.json`
+        self.initial_weights = path / "init"
+        # what was known when a loss was not finite, `step-<n>/`
+        self.failures = path / "failures"
+        # hyper-parameters changed on the way: lines of JSON with `time`, `step`, `key`, `before`, `after`
+        self.changes_file = path / "changes.jsonl"
+        # what monitors warned of: lines of JSON with `time`, `step`, `alarm`, `advice`
+        self.alarms_file = path / "alarms.jsonl"
+        # what every rank is doing, `rank-<r>.json`
+        self.heartbeats = path / "heartbeat"
+        self._attempts = path / "attempts"
 
     def attempt_file(self, attempt: int) -> Path:
         """Who made an attempt, since when."""
@@ -103,10 +64,6 @@ class RunDirectory:
     def phases_file(self, attempt: int) -> Path:
         """When an attempt began which phase: lines of JSON with `time`, `phase`, `step`, and `part` of one."""
         return self._attempts / f"{attempt:04d}" / "phases.jsonl"
-
-    @property
-    def _attempts(self) -> Path:
-        return self.path / "attempts"
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from data_pipeline.loaders.batch import ViewBatch
-from mokd.distributed.process_group import Ranks
+from mokd.distributed.process_group import Ranks, gather_objects
 from mokd.distributed.sharding import piece
 from mokd.objectives.branch import Branch
 from mokd.runs.files import replace_json
@@ -53,10 +52,7 @@ def write(
         replace_json(folder / "monitors.json", dict(monitors), durable=True)
     # BatchNorm over all ranks spreads what is not finite: the rank where most is broken is where it came from
     suspicion = (not views_finite, len(broken))
-    everybody = [(suspicion, ranks.rank, ids)]
-    if dist.is_initialized():
-        everybody = everybody * ranks.world_size
-        dist.all_gather_object(everybody, (suspicion, ranks.rank, ids))
+    everybody = gather_objects((suspicion, ranks.rank, ids))
     worst = max(suspicion for suspicion, _, _ in everybody)
     where = [f"rank {rank}, samples {_shown(own)}" for suspicion, rank, own in everybody if suspicion == worst]
     return (

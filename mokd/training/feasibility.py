@@ -53,12 +53,10 @@ def check(config: RunConfig, world_size: int, run: RunDirectory | None = None) -
     check_shard_groups(config, world_size)
     loggers.check(config.logging)
     per_rank = images_per_rank(config, world_size)
-    data = config.data
+    data, batch = config.data, config.optim.global_batch
     size = min(count_samples(data.train, data.backend, data.channels), data.limit or sys.maxsize)
-    if size < config.optim.global_batch:
-        raise UserError(
-            f"optim.global_batch: {config.optim.global_batch} images per step, but {config.data.train} holds {size}"
-        )
+    if size < batch:
+        raise UserError(f"optim.global_batch: {batch} images per step, but {data.train} holds {size}")
     config.objective.check_samples(size)
     if per_rank // config.optim.accumulate < 2 and world_size == 1:
         raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")

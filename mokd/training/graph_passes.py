@@ -48,10 +48,8 @@ class GraphPasses:
 
     def teach(self, views: Sequence[Tensor], epoch: int) -> Any:
         """As `Passes.teach`; records first, where it is time."""
-        kind = (
-            self._objective.constants(self._branches, epoch),
-            tuple((view.shape, view.stride(), view.dtype) for view in views),
-        )
+        shapes = tuple((view.shape, view.stride(), view.dtype) for view in views)
+        kind = (self._objective.constants(self._branches, epoch), shapes)
         if kind != self._kind:
             self._kind, self._seen = kind, 0
             self._forget()

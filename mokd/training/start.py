@@ -50,10 +50,8 @@ def prepare(config: RunConfig, root: Path, *, resume: bool, world_size: int, res
 
 
 def _check_resumable(run: RunDirectory, config: RunConfig) -> None:
-    from mokd.checkpointing import (
-        choose,  # torch is imported only after the cheap checks
-        state,
-    )
+    # torch is imported only after the cheap checks
+    from mokd.checkpointing import choose, state
 
     found = choose.to_resume_from(run, None)
     if found is not None:

@@ -27,9 +27,7 @@ _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 # entries of a checkpoint that hold a state dict, the preferred first
 _ENTRIES = ("state_dict", "model", "teacher", "student")
 # classifiers and projection heads
-_HEADS = frozenset(
-    {"fc", "head", "head_dist", "heads", "classifier", "projector", "projection_head", "dino_head", "ibot_head"}
-)
+_HEADS = ("fc", "head", "head_dist", "heads", "classifier", "projector", "projection_head", "dino_head", "ibot_head")
 # lightly keeps a ResNet as a sequence of its children, without names
 _RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # DINOv2 trains its blocks in chunks; a block keeps its own number within its chunk

@@ -19,7 +19,7 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.hold import newest_held
-from mokd.checkpointing.state import branch_file, network_tensors
+from mokd.checkpointing.state import below, branch_file, network_tensors
 from mokd.config import BranchConfig, InitSource, parse_init
 from mokd.models.backbones import build_backbone, timm_arguments
 from mokd.runs.files import file_checksum, read_json
@@ -67,19 +67,15 @@ def _from_timm(source: InitSource, branch: BranchConfig, arguments: Arguments, o
         config = timm.create_model(branch.backbone, pretrained=False).pretrained_cfg
     place = config.get("hf_hub_id") or config.get("url")
     if not place:
-        near = timm.list_pretrained(f"{branch.backbone[:6]}*")[:4]
-        raise UserError(
-            f"{where}: timm has no weights of '{branch.backbone}'; it has some of {', '.join(near) or 'others'}"
-        )
+        near = ", ".join(timm.list_pretrained(f"{branch.backbone[:6]}*")[:4]) or "others"
+        raise UserError(f"{where}: timm has no weights of '{branch.backbone}'; it has some of {near}")
     with _reachable(where, place):
         if config.get("hf_hub_id") and config.get("custom_load") != "hf":
             # from the cache without asking the hub, which timm does first, again and again where there is no network
             name = config.get("hf_hub_filename") or "pytorch_model.bin"
             safe = "model.safetensors" if name == "pytorch_model.bin" else str(Path(name).with_suffix(".safetensors"))
-            arguments = {
-                **arguments,
-                "pretrained_cfg_overlay": {"file": str(_hub_file(config["hf_hub_id"], safe, name))},
-            }
+            file = str(_hub_file(config["hf_hub_id"], safe, name))
+            arguments = {**arguments, "pretrained_cfg_overlay": {"file": file}}
         try:
             net = timm.create_model(branch.backbone, pretrained=True, **arguments)
         except RuntimeError as error:
@@ -172,8 +168,7 @@ def _from_run(source: InitSource, branch: BranchConfig, arguments: Arguments, ow
         raise UserError(f"{owner}.init: {run.path}: {error.strerror}; or give a file that mokd export wrote") from None
     facts = {"source": taken, "source_sha256": checksum, "license": None}
     prefix = "backbone."
-    backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return backbone, {key: value for key, value in tensors.items() if not key.startswith(prefix)}, facts
+    return below(tensors, prefix), {key: value for key, value in tensors.items() if not key.startswith(prefix)}, facts
 
 
 def _from_file(source: InitSource, branch: BranchConfig, arguments: Arguments, owner: str) -> Read:

@@ -57,7 +57,7 @@ def half_precision_output() -> None:
     """The gradient is written in the type that the products take."""
     x, factor = torch.rand(V, B, K), torch.rand(V, B, 2)
     expected = x * factor.repeat_interleave(1024, dim=-1)[..., :K]
-    out = triton.gradient(x.clone(), factor, [], torch.bfloat16)
+    out = triton.gradient(x.clone(), factor, [], torch.bfloat16, None, None)
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=0)  # the interpreter rounds towards zero
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.core.native_library import built
 from mokd.losses.kernels import plain
-from mokd.losses.kernels.targets import Cut
+from mokd.losses.kernels.targets import Cuts
 
 BY_PROTOTYPE = True
 TAKES_SCALE = True
@@ -63,23 +62,15 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def observe(
-    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def observe(z: Tensor, raw: Tensor, scale: float | Tensor, cuts: Cuts, dots: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain.observe`; rows are cut into tiles."""
-    raw = z if raw is None else raw
     if not (_fits(z, cuts) and by_prototype(raw)):
-        return plain.observe(z, cuts, dots, None if raw is z else raw, scale)
+        return plain.observe(z, raw, scale, cuts, dots)
     return _observe(raw, z, scale, None, cuts, dots)
 
 
 def gradient(
-    x: Tensor,
-    factor: Tensor,
-    cuts: Sequence[Cut],
-    dtype: torch.dtype,
-    largest: Tensor | None = None,
-    scale: Tensor | None = None,
+    x: Tensor, factor: Tensor, cuts: Cuts, dtype: torch.dtype, largest: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     """As `plain.gradient`."""
     if not _fits(x, cuts) or dtype != x.dtype:
@@ -93,15 +84,13 @@ def gradient(
     return x
 
 
-def through_norm(
-    towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float, *, scaled: bool = False
-) -> Tensor:
+def through_norm(towards: Tensor, v: Tensor, norm: Tensor, g: Tensor, unit: float, *, scaled: bool) -> Tensor:
     """As `plain.through_norm`."""
     library = _library()
-    tensors = (towards, direction, norm, gain)
+    tensors = (towards, v, norm, g)
     if library is None or not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
-        return plain.through_norm(towards, direction, norm, gain, unit, scaled=scaled)
-    towards_gain = torch.empty_like(gain)
+        return plain.through_norm(*tensors, unit, scaled=scaled)
+    towards_gain = torch.empty_like(g)
     library.mokd_through_norm(*(t.data_ptr() for t in (*tensors, towards_gain)), *towards.shape, unit, scaled)
     return towards_gain
 
@@ -115,7 +104,7 @@ def softmax(logits: Tensor, center: Tensor | None, temperature: float, out: Tens
         return None
     largest, total = _observe(logits, out, 1.0 / temperature, center, (), torch.empty(0))
     log_z = (largest + total.log_()).logsumexp(dim=-1, keepdim=True)
-    return gradient(out, (largest - log_z).exp_(), (), out.dtype)
+    return gradient(out, (largest - log_z).exp_(), (), out.dtype, None, None)
 
 
 def by_prototype(z: Tensor) -> bool:
@@ -124,7 +113,7 @@ def by_prototype(z: Tensor) -> bool:
 
 
 def _observe(
-    logits: Tensor, out: Tensor, scale: float | Tensor, offset: Tensor | None, cuts: Sequence[Cut], dots: Tensor
+    logits: Tensor, out: Tensor, scale: float | Tensor, offset: Tensor | None, cuts: Cuts, dots: Tensor
 ) -> tuple[Tensor, Tensor]:
     library = _library()
     assert library is not None
@@ -141,11 +130,8 @@ def _observe(
     return largest, total
 
 
-def _terms(cuts: Sequence[Cut]) -> tuple[ctypes.Array[_Term], int]:
-    described = [
-        _Term(cut.probabilities.data_ptr(), cut.probabilities.shape[0], cut.paired, cut.first_view, cut.factor)
-        for cut in cuts
-    ]
+def _terms(cuts: Cuts) -> tuple[ctypes.Array[_Term], int]:
+    described = [_Term(p.data_ptr(), p.shape[0], paired, first, factor) for p, factor, paired, first in cuts]
     return (_Term * len(described))(*described), len(described)
 
 
@@ -159,7 +145,7 @@ def _by_tile(values: Tensor) -> Tensor:
     return values.permute(2, 0, 1).contiguous()
 
 
-def _fits(z: Tensor, cuts: Sequence[Cut]) -> bool:
+def _fits(z: Tensor, cuts: Cuts) -> bool:
     teachers = {cut.probabilities.shape[0] for cut in cuts if cut.paired}
     alike = all(by_prototype(cut.probabilities) for cut in cuts)
-    return available() and by_prototype(z) and alike and len(teachers) <= 1
+    return by_prototype(z) and alike and len(teachers) <= 1 and available()

@@ -5,30 +5,25 @@ A block is `[V, B, k]`: all student views of some images, over some prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from mokd.losses.kernels.targets import Cut
+from mokd.losses.kernels.targets import Cuts
 
 BY_PROTOTYPE = False
 TAKES_SCALE = False
 
 
-def observe(
-    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def observe(z: Tensor, raw: Tensor, scale: float | Tensor, cuts: Cuts, dots: Tensor) -> tuple[Tensor, Tensor]:
     """What the loss needs of scaled logits: every row's largest one and its `sum(exp(z - largest))`, both `[V, B, 1]`.
 
-    The logits are `scale * raw`, raw being z where it is not given; otherwise z is only written. scale: a number, or
-    `[k]`.
+    The logits are `scale * raw`; raw may be z, otherwise z is only written. scale: a number, or `[k]`.
 
     Every term's sum of `p z` over its comparisons is added to `dots`. Leaves `exp(z - largest)` in `z`. (Another
     implementation may cut a row into T tiles of equal size, each with a largest logit of its own: `[V, B, T]`.)
     """
-    if raw is not None or isinstance(scale, Tensor) or scale != 1.0:
-        torch.mul(z if raw is None else raw, scale, out=z)
+    if raw is not z or isinstance(scale, Tensor) or scale != 1.0:
+        torch.mul(raw, scale, out=z)
     all_views = z.sum(dim=0) if any(cut.paired for cut in cuts) else z
     for i, cut in enumerate(cuts):
         p, own = cut.probabilities, cut.own(z)
@@ -43,12 +38,7 @@ def observe(
 
 
 def gradient(
-    x: Tensor,
-    factor: Tensor,
-    cuts: Sequence[Cut],
-    dtype: torch.dtype,
-    largest: Tensor | None = None,
-    scale: Tensor | None = None,
+    x: Tensor, factor: Tensor, cuts: Cuts, dtype: torch.dtype, largest: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     """The gradient towards the logits, in `dtype`: `exp(z - largest) * factor` less all targets.
 
@@ -76,16 +66,14 @@ def gradient(
     return x.to(dtype)
 
 
-def through_norm(
-    towards: Tensor, direction: Tensor, norm: Tensor, gain: Tensor, unit: float, *, scaled: bool = False
-) -> Tensor:
+def through_norm(towards: Tensor, v: Tensor, norm: Tensor, g: Tensor, unit: float, *, scaled: bool) -> Tensor:
     """Turns gradients towards weights `w = g v / |v|` `[k, C]`, in place, into those towards the directions v.
 
     unit: a factor on all of them. scaled: they have been multiplied by `g / |v|` already. Returns the gradients towards
     the gains `[k, 1]`.
     """
     # what lies along v changes the gain, the rest the direction
-    radial = torch.linalg.vecdot(towards, direction).unsqueeze(1)
-    towards.addcmul_(direction, radial / norm.square(), value=-1.0)
-    towards.mul_(unit if scaled else gain / norm * unit)
-    return radial.div_(gain if scaled else norm).mul_(unit)
+    radial = torch.linalg.vecdot(towards, v).unsqueeze(1)
+    towards.addcmul_(v, radial / norm.square(), value=-1.0)
+    towards.mul_(unit if scaled else g / norm * unit)
+    return radial.div_(g if scaled else norm).mul_(unit)

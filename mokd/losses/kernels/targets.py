@@ -8,6 +8,7 @@ Shape letters: V student views, Q teacher views, B images per rank, K prototypes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,9 @@ class Cut(NamedTuple):
     def own(self, z: Tensor) -> slice:
         """The views that are students and teachers both."""
         return slice(min(self.probabilities.shape[0], z.shape[0]))
+
+
+Cuts = Sequence[Cut]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

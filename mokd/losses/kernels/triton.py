@@ -8,7 +8,6 @@ Triton would look up every name in an annotation and refuse it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,71 +16,50 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from mokd.losses.kernels import plain
-from mokd.losses.kernels.targets import Cut
+from mokd.losses.kernels.targets import Cut, Cuts
 
 BY_PROTOTYPE = False
 TAKES_SCALE = False
 _TILE = 1024
 
 
-def observe(
-    z: Tensor, cuts: Sequence[Cut], dots: Tensor, raw: Tensor | None = None, scale: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def observe(z: Tensor, raw: Tensor, scale: float | Tensor, cuts: Cuts, dots: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain.observe`; rows are cut into tiles."""
-    if raw is not None:
+    if raw is not z:
         torch.mul(raw, scale, out=z)
     if not _fits(cuts):
-        return plain.observe(z, cuts, dots)
+        return plain.observe(z, z, 1.0, cuts, dots)
     views, batch, count = z.shape
     tiles = triton.cdiv(count, _TILE)
     largest, total = (torch.empty(views, batch, tiles, device=z.device) for _ in range(2))
     partial = torch.zeros(3, batch, tiles, device=z.device)
     arguments, constants, places = _describe(cuts, z)
-    _observe[(batch, tiles)](
-        z, *z.stride()[:2], *arguments, largest, total, partial, views, batch, count, tiles, **constants
-    )
+    _observe[(batch, tiles)](z, *z.stride()[:2], *arguments, largest, total, partial, *z.shape, tiles, **constants)
     for i, place in enumerate(places):  # indexing by the list would bring it to the device, and the host would wait
         dots[i] += partial[place].sum(dtype=dots.dtype)
     return largest, total
 
 
 def gradient(
-    x: Tensor,
-    factor: Tensor,
-    cuts: Sequence[Cut],
-    dtype: torch.dtype,
-    largest: Tensor | None = None,
-    scale: Tensor | None = None,
+    x: Tensor, factor: Tensor, cuts: Cuts, dtype: torch.dtype, largest: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     """As `plain.gradient`."""
     if scale is not None or not _fits(cuts):
         return plain.gradient(x, factor, cuts, dtype, largest, scale)
-    views, batch, count = x.shape
-    tiles = factor.shape[-1]
+    batch, tiles = factor.shape[1:]
     out = x if dtype == x.dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
     arguments, constants, _ = _describe(cuts, x)
-    _gradient[(batch, tiles)](
-        x,
-        *x.stride()[:2],
-        *arguments,
-        factor.contiguous(),
-        factor if largest is None else largest,
-        out,
-        *out.stride()[:2],
-        views,
-        batch,
-        count,
-        tiles,
-        LOGITS=largest is not None,
-        **constants,
-    )
+    constants["LOGITS"] = largest is not None
+    of_rows = (factor.contiguous(), factor if largest is None else largest)
+    written = (out, *out.stride()[:2])
+    _gradient[(batch, tiles)](x, *x.stride()[:2], *arguments, *of_rows, *written, *x.shape, tiles, **constants)
     return out
 
 
 through_norm = plain.through_norm
 
 
-def _fits(cuts: Sequence[Cut]) -> bool:
+def _fits(cuts: Cuts) -> bool:
     """Two paired terms and one by row are all that the objective has; more go the other way."""
     paired = [cut for cut in cuts if cut.paired]
     teachers = {cut.probabilities.shape[0] for cut in paired}
@@ -89,7 +67,7 @@ def _fits(cuts: Sequence[Cut]) -> bool:
     return single and len(paired) <= 2 and len(teachers) <= 1 and len(cuts) - len(paired) <= 1
 
 
-def _describe(cuts: Sequence[Cut], z: Tensor) -> tuple[list[Any], dict[str, Any], list[int]]:
+def _describe(cuts: Cuts, z: Tensor) -> tuple[list[Any], dict[str, Any], list[int]]:
     """Kernel arguments and constants for the terms, and at which of the kernel's three places every term is."""
     paired = [i for i, cut in enumerate(cuts) if cut.paired]
     by_row = [i for i, cut in enumerate(cuts) if not cut.paired]

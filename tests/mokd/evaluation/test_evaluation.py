@@ -18,7 +18,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing import choose, state
-from mokd.config import BranchConfig, LinearConfig
+from mokd.config import BranchConfig
+from mokd.config.evaluation import LinearConfig
 from mokd.distributed.local_ranks import train_locally
 from mokd.evaluation import finetune, frozen, linear_task, results
 from mokd.evaluation.cache import open_features

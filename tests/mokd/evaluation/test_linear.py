@@ -18,7 +18,7 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, epochs: int) 
     """Predictions `[R, M]`."""
     features = CachedFeatures([train[:1000], train[1000:]])
     scale = Standardised(features)
-    source = FeatureSource([features], [scale], torch.from_numpy(labels), 256, 0, CPU)
+    source = FeatureSource([scale], torch.from_numpy(labels), 256, 0, CPU)
     heads = Heads(RATES, train.shape[1], int(labels.max()) + 1, CPU)
     for epoch in range(epochs):
         train_epoch([heads], source, epoch, epochs)

@@ -28,8 +28,8 @@ def build(
 ) -> tuple[DinoObjective, list[Branch], list[Tensor]]:
     config = tiny_config(branches=[{**b, "drop_path": 0.0} for b in branches], **changes)
     torch.manual_seed(5)
-    names, cpu = [b.name for b in config.branches], torch.device("cpu")
-    objective = DinoObjective(config.objective, config.views, names, cpu, epochs=config.optim.epochs)
+    objective = DinoObjective(config.objective, config, torch.device("cpu"))
+    objective.frozen_epochs = 0
     built = [single_branch(objective, config, b, B) for b in config.branches]
     for branch in built:
         branch.student.double()
