@@ -164,7 +164,7 @@ class Supervisor:
         )
 
     def _patiently(self, act: Callable[[], T]) -> T:
-        """What `act` returns, asked again with pauses while the file system refuses; then, or at a signal, its error."""
+        """What `act` returns, asked again with pauses while it raises OSErrors; at last, or at a signal, that error."""
         for pause in PAUSES_SECONDS:
             try:
                 return act()

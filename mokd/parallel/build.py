@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mokd.config import BranchConfig, RunConfig
+from mokd.models.linear import is_faster, use_onednn
 from mokd.objectives.base import Objective, build_pair
 from mokd.objectives.branch import Branch, TeachingBranch, freeze
 from mokd.optim.loss_scale import LossScale
@@ -37,12 +38,17 @@ def build_branch(
     # seeded by name: a branch starts from the same weights in a pair and alone
     torch.manual_seed(derive_seed(config.seed, "initial weights", branch.name))
     by_block = config.parallel.strategy == "fsdp"
+    by_onednn = device.type == "cpu" and is_faster()
     if branch.frozen:
         teacher = freeze(objective.build_network(branch, images_per_rank, student=False))
+        if by_onednn:
+            use_onednn(teacher)
         if config.execution.compile:
             compile_networks([teacher], by_block=by_block)
         return TeachingBranch(branch, teacher, parallelize_frozen(teacher, config.parallel, config.precision, device))
     pair = build_pair(objective, branch, images_per_rank)
+    if by_onednn:
+        use_onednn(pair.student, pair.teacher)
     # innermost, so that everything below acts on the blocks from outside
     if branch.activation_checkpointing:
         recompute_blocks(pair.student.backbone, f"branches.{branch.name}")
