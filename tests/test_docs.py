@@ -206,3 +206,9 @@ def test_the_rooms_stand_in_their_order(package: str) -> None:
     assert diagram is not None
     assert tuple(re.findall(r"^\| `([\w.]+)` \|", table[1], flags=re.MULTILINE)) == ROOMS[package]
     assert tuple(re.findall(r'\w+\["([a-z_.]+)"\]', diagram[1])) == ROOMS[package]
+
+
+def test_the_site_shows_every_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = re.findall(r"[\w-]+\.md", text[text.index("\nnav:") :])
+    assert sorted(nav) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
