@@ -142,6 +142,15 @@ def commands(text: str) -> Iterator[list[str]]:
     return (shlex.split(command)[1:] for command in fenced_commands(text) if command.startswith("mokd "))
 
 
+def mentioned(text: str) -> Iterator[list[str]]:
+    """The words of every `mokd ...` within a sentence or a table, of alternatives the first, numbers for `N`."""
+    for code in in_code(text):
+        plain = re.sub(r"\[[^\]]*\]", "", re.sub(r"(\w)\|[\w|]+", r"\1", code))
+        words = shlex.split(re.sub(r"\bN$|\bN ", "1 ", plain)) if code.startswith("mokd ") else []
+        if words[1:] and "..." not in words and not words[1].startswith("--"):
+            yield words[1:]
+
+
 def parse(words: list[str]) -> None:
     """Raises what the command line raises for options and arguments that a command does not have; runs nothing."""
     at = typer.main.get_command(cli.app)
@@ -158,6 +167,23 @@ def test_commands_have_the_options_and_arguments_that_a_page_gives_them(page: Pa
     """As the command line parses them; what the commands do is tested where they are."""
     for words in commands(page.read_text(encoding="utf-8")):
         parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_sentences_exist_with_their_options(page: Path) -> None:
+    """Their arguments may be left out there."""
+    for words in mentioned(page.read_text(encoding="utf-8")):
+        try:
+            parse(words)
+        except Exception as error:
+            if not re.match(r"Missing (parameter|command)|Option '[\w-]+' requires", str(error)):
+                pytest.fail(f"mokd {' '.join(words)}: {error}")
+
+
+def test_a_wrong_command_in_a_sentence_is_found() -> None:
+    assert [*mentioned("`mokd train|launch C [key=value ...] --solo B`, `mokdir`")] == [["train", "C", "--solo", "B"]]
+    with pytest.raises(Exception, match="No such option: --npoc"):
+        parse(["train", "--npoc", "2"])
 
 
 def test_a_wrong_command_on_a_page_is_found() -> None:
@@ -180,3 +206,9 @@ def test_the_rooms_stand_in_their_order(package: str) -> None:
     assert diagram is not None
     assert tuple(re.findall(r"^\| `([\w.]+)` \|", table[1], flags=re.MULTILINE)) == ROOMS[package]
     assert tuple(re.findall(r'\w+\["([a-z_.]+)"\]', diagram[1])) == ROOMS[package]
+
+
+def test_the_site_shows_every_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = re.findall(r"[\w-]+\.md", text[text.index("\nnav:") :])
+    assert sorted(nav) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
