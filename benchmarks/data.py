@@ -171,7 +171,7 @@ def _repeated(images: Path, folder: Path, count: int) -> Path:
         raise UserError(f"{images}: no JPEGs in it; choose the pictures with --images FOLDER")
     for i in range(count):
         original = files[i % len(files)].resolve()
-        link = folder / original.parent.name / f"{i // len(files)}-{original.name}"
+        link = folder / original.parent.name / f"{i}-{original.name}"  # folders and files may share their names
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(original)
     return folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +24,11 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def busy(text: str) -> AbstractContextManager[object]:
+    """On a terminal, within the context: what is being done that cannot be counted."""
+    return Console(stderr=True).status(text)
 
 
 class WorkProgress:
@@ -41,7 +48,8 @@ class WorkProgress:
         if shown and self._console.is_terminal:
             # what matters comes first: a narrow terminal cuts off the end
             text = partial(TextColumn, markup=False)
-            columns = (text("{task.description}"), BarColumn(12), text("{task.fields[facts]}"))
+            name = text("{task.description}", table_column=Column(no_wrap=True, min_width=len(title)))
+            columns = (name, BarColumn(12), text("{task.fields[facts]}"))
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task(title, total=None, facts="")
             self._bar.start()
@@ -89,7 +97,8 @@ class TrainingProgress(WorkProgress):
 
     def __init__(self, total_steps: int, done: int) -> None:
         super().__init__("train", done=done, per_second=False)
-        self._total = total_steps
+        self._total, self._facts = total_steps, "waiting for the first step"
+        self.at(done)
 
     def _count(self, done: int, total: int) -> str:
         return f"step {done}/{total}"
@@ -98,4 +107,10 @@ class TrainingProgress(WorkProgress):
         """Shows the newest logged values."""
         losses = "  ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in values.items() if k.endswith("/total"))
         speed = f"{values['images_per_second']:.1f} images/s  data wait {100 * values['data_wait_fraction']:.0f}%"
-        self.update(step, self._total, f"epoch {int(values['epoch'])}  {speed}  loss {losses}")
+        self._facts = f"epoch {int(values['epoch'])}  {speed}  loss {losses}"
+        self.update(step, self._total, self._facts)
+
+    def at(self, step: int) -> None:
+        """A step that is not logged: the live line counts it, a log has no line for it."""
+        if self._bar is not None:
+            self.update(step, self._total, self._facts)

@@ -38,7 +38,7 @@ if __name__ == "__main__":
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     # all that it starts (workers, the fork server, the resource tracker) inherits the pipe, which ends with the last
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), *more],
+        [sys.executable, "-W", "ignore:data.workers", "-c", PROGRAM, str(folder), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,4 +62,5 @@ def test_none_outlives_a_killed_rank(picture_folder: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "batch\n"
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=120)
+    assert set(said.splitlines()) <= {"batch"}  # nothing of semaphores that it has left
