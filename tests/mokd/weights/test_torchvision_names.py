@@ -68,11 +68,9 @@ def branch(backbone: str, weights: str, options: dict[str, Any]) -> BranchConfig
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(offline: Path) -> Path:
     """torch's cache of files, and no connection."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    folder = tmp_path / "hub" / "checkpoints"
+    folder = offline / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
 
