@@ -19,12 +19,12 @@ from data_pipeline.core.errors import DataError, UserError
 from mokd.comparison.gain import Comparison, compare
 from mokd.comparison.pairing import Run, differences, settings
 from mokd.comparison.solo import solo
-from mokd.config import RunConfig, with_absolute_paths
+from mokd.config import DistillationConfig, RunConfig, with_absolute_paths
 from mokd.evaluation.entry import evaluate
 from mokd.evaluation.request import TASKS, Request
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.runs.files import read_json
-from mokd.runs.metrics import read_metrics
+from mokd.runs.metrics import read_metrics, useful_seconds
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.start import train
 
@@ -51,6 +51,8 @@ def run(
     configs: Sequence[RunConfig], seeds: Sequence[int], tasks: Sequence[str], root: Path, nproc: int, say: Say
 ) -> Result:
     """Pairs of `configs` against every branch of them alone, with equal epochs and everything else.
+
+    A configuration that distils a frozen branch which another one trains alone comes after that one.
 
     Stopped when asked to stop while training. UserError for a configuration of one branch, and for a run of that name
     with other settings; DataError when a run fails.
@@ -81,8 +83,14 @@ def run(
 
 
 def plan(configs: Sequence[RunConfig], seeds: Sequence[int]) -> list[RunConfig]:
-    """The configurations of all runs: for every seed the pair, then each of its branches alone."""
+    """The configurations of all runs: for every seed the pair, then each of its branches that learns alone.
+
+    What distils frozen branches has no baseline of its own kind: that of another configuration serves it.
+    """
     planned = []
+    if all(isinstance(config.objective, DistillationConfig) for config in configs):
+        name, kind = configs[0].name, configs[0].objective.kind
+        raise UserError(f"{name}: objective {kind} has no baseline of its own; give a pair of these networks before it")
     for config in configs:
         if len(config.branches) < 2:
             raise UserError(f"{config.name}: has one branch; the gain is that of branches trained together")
@@ -90,7 +98,9 @@ def plan(configs: Sequence[RunConfig], seeds: Sequence[int]) -> list[RunConfig]:
             raise UserError(f"{config.name}: needs both evaluation.train and evaluation.test")
         for seed in seeds:
             together = config.model_copy(update={"seed": seed, "name": f"{config.name}-seed-{seed}"})
-            planned += [together, *(solo(together, branch.name) for branch in config.branches)]
+            planned.append(together)
+            if not isinstance(config.objective, DistillationConfig):
+                planned += [solo(together, branch.name) for branch in config.branches if not branch.frozen]
     return planned
 
 
@@ -168,10 +178,14 @@ def _document(
 
 
 def _about(run: Run) -> dict[str, Any]:
-    """What a run was: its length and speed, and the code and versions it was trained with."""
+    """What a run was: its length and speed, and the code and versions it was trained with.
+
+    training_seconds: of its steps alone, by the clock; what ran beside it counts.
+    """
     directory = RunDirectory(run.path)
     status, environment = directory.read_status(), read_json(directory.environment_file) or {}
-    speeds = [r["images_per_second"] for r in read_metrics(directory.metrics_file) if r.get("images_per_second")]
+    records = read_metrics(directory.metrics_file)
+    speeds = [record["images_per_second"] for record in records if record.get("images_per_second")]
     return {
         "run": str(run.path),
         "branches": run.branches,
@@ -179,6 +193,7 @@ def _about(run: Run) -> dict[str, Any]:
         "epochs": run.config.optim.epochs,
         "steps": status.get("step"),
         "images_per_second": round(statistics.median(speeds), 2) if speeds else None,
+        "training_seconds": round(useful_seconds(records)),
         "commit": environment.get("commit"),
         "packages": environment.get("packages"),
     }

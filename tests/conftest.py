@@ -16,3 +16,13 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "test"):
         convert([folder / "images" / split], folder / f"{split}.beton")
     return folder / "train.beton"
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Caches of the hub and of torch in `tmp_path`, and no way to anything that is not in them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    return tmp_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -118,3 +119,16 @@ def losses_of(objective: Any, branches: Sequence[Any], views: Sequence[Any], epo
     taught = objective.teach(branches, views, epoch)
     objective.remember(taught)
     return [objective.loss(branch, branches, taught, views, epoch) for branch in branches]
+
+
+def hub_cache(folder: Path, repository: str, **files: Any) -> None:
+    """A repository as huggingface_hub keeps it in its cache."""
+    from safetensors.torch import save_file
+
+    place = folder / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0123")
+    (place / "snapshots" / "0123").mkdir(parents=True)
+    for name, content in files.items():
+        target = place / "snapshots" / "0123" / name.replace("__", ".")
+        target.write_text(json.dumps(content)) if name.endswith("json") else save_file(content, target)

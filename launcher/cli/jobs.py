@@ -109,9 +109,12 @@ def _launch_sweep(
     as_json: bool,
 ) -> None:
     from launcher.slurm import submit
+    from mokd.weights import initial
 
     if local:
         raise UserError("--sweep needs SLURM's job arrays; leave out --local")
+    for config in configs:  # each may start from other weights: all of them are looked at before the first run is made
+        initial.check(config)
     folder = submit.runnable_path(root / f"{name}.sweep")
     if dry_run:
         for config in configs:
@@ -121,10 +124,6 @@ def _launch_sweep(
     _need_slurm(local)
     if folder.exists():
         raise UserError(f"{folder}: this sweep exists already; set another name=...")
-    from mokd.weights import initial
-
-    for config in configs:  # each may start from other weights: all of them are looked at before the first run is made
-        initial.check(config)
     with submit.taken_back(folder, *(root / config.name for config in configs)):
         runs = [submit.create_run(config, root) for config in configs]
         jobs = submit.submit_array(runs, folder, cluster, name)

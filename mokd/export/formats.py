@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
+from mokd.export import torchvision_format
 from mokd.export.source import Source
 from mokd.models.backbones import STEM_STRIDES, Backbone
 
@@ -87,33 +88,6 @@ prefix, saved = "backbone.net.", load_file("model.safetensors")
 model.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
 """
     return _CREATE + stem + lines + _RUN
-
-
-def _write_torchvision(source: Source, folder: Path) -> None:
-    from torchvision.models import get_model, list_models
-
-    name, entry = source.branch.backbone, f"--format torchvision: branch '{source.branch.name}'"
-    known = [model for model in list_models() if model.startswith(("resnet", "wide_resnet", "resnext"))]
-    if name not in known or source.branch.backbone_options or source.branch.stem != "default":
-        raise UserError(f"{entry} is no plain torchvision network ({', '.join(known)}); export it as timm or onnx")
-    weights = _timm_weights(source)
-    expected = {key: value.shape for key, value in get_model(name).state_dict().items() if not key.startswith("fc.")}
-    if {key: value.shape for key, value in weights.items()} != expected:
-        raise UserError(f"{entry}: timm's '{name}' differs from torchvision's; export it as timm")
-    torch.save(weights, folder / "model.pth")
-    _write_json(folder / "config.json", {"architecture": name})
-
-
-LOAD_TORCHVISION = """\
-import json
-import torch
-import torchvision
-
-model = torchvision.models.get_model(json.load(open("config.json"))["architecture"]).eval()
-model.fc = torch.nn.Identity()
-model.load_state_dict(torch.load("model.pth", weights_only=True))
-features = model(torch.from_numpy(images)).detach().numpy()
-"""
 
 
 class _Pooled(nn.Module):
@@ -210,7 +184,7 @@ features = model(torch.from_numpy(images)).pooler_output.detach().numpy()
 FORMATS = {
     "timm": Format(_write_timm, _load_timm),
     "safetensors": Format(_write_safetensors, _load_safetensors),
-    "torchvision": Format(_write_torchvision, lambda _: LOAD_TORCHVISION),
+    "torchvision": Format(torchvision_format.write, torchvision_format.load),
     "onnx": Format(_write_onnx, lambda _: LOAD_ONNX, ("onnx", "onnxscript", "onnxruntime")),
     "huggingface": Format(_write_huggingface, lambda _: LOAD_HUGGINGFACE, ("transformers",)),
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.models.backbones import Backbone
+from mokd.weights.torchvision_names import to_timm
 
 Tensors = dict[str, Tensor]
 
@@ -80,9 +81,10 @@ def state_dict_of(loaded: object, where: str) -> Tensors:
 def fit(backbone: Backbone, tensors: Mapping[str, Tensor], owner: str, where: str) -> Tensors:
     """The backbone's own keys (`net....`) with values from `tensors`, in the backbone's types.
 
-    Takes timm's keys, torchvision's where they are the same, and those of the checkpoints of DINO, DINOv2, DINOv3,
-    MoCo and lightly; a classifier or projection head is ignored. timm converts what it knows of a family, position
-    embeddings of another grid among it. UserError naming the first keys that are missing, of another shape or unknown.
+    Takes timm's keys, torchvision's of ResNets, vision transformers and ConvNeXts, and those of the checkpoints of
+    DINO, DINOv2, DINOv3, MoCo and lightly; a classifier or projection head is ignored. timm converts what it knows of a
+    family, position embeddings of another grid among it. UserError naming the first keys that are missing, of another
+    shape or unknown.
     """
     own = backbone.net.state_dict()
     given = _named_alike(backbone_part(tensors), own)
@@ -115,11 +117,12 @@ def backbone_part(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _named_alike(given: Tensors, own: Mapping[str, Tensor]) -> Tensors:
-    """Keys as timm writes them, of sequences of a ResNet's children and of blocks in chunks."""
+    """Keys as timm writes them: of sequences of a ResNet's children, blocks in chunks, torchvision's networks."""
     if "conv1.weight" in own and "0.weight" in given:
         parts = {key: key.partition(".") for key in given}
         given = {f"{_RESNET_CHILDREN.get(p[0], p[0])}.{p[2]}": given[key] for key, p in parts.items()}
-    return {_CHUNKED.sub(r"blocks.\1", key): value for key, value in given.items()}
+    given = {_CHUNKED.sub(r"blocks.\1", key): value for key, value in given.items()}
+    return to_timm(given, own)
 
 
 def _converted(net: nn.Module, given: Tensors) -> Tensors | None:

@@ -22,7 +22,7 @@ from mokd.runs.exit_codes import EXIT_STOPPED
 from mokd.runs.metrics import read_metrics
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.start import prepare
-from tests.support import ROOT, VIT, tiny_config
+from tests.support import RESNET, ROOT, SEED, VIT, frozen, tiny_config
 
 
 def evaluated(beton: Path, **changes: Any) -> RunConfig:
@@ -98,6 +98,36 @@ def test_the_plan_is_every_pair_then_its_branches(beton: Path) -> None:
         plan([evaluated(beton, branches=[VIT])], [0])
     with pytest.raises(UserError, match=r"needs both evaluation.train and evaluation.test"):
         plan([tiny_config(beton)], [0])
+
+
+def test_a_rival_has_the_baseline_of_the_pair_and_frozen_branches_have_none(beton: Path) -> None:
+    still = [frozen(RESNET), VIT]
+    rival = evaluated(beton, branches=still, name="rival", **SEED)
+    beside = evaluated(beton, branches=still, name="beside")
+    names = [config.name for config in plan([evaluated(beton), rival, beside], [4])]
+    pair = ["tiny-seed-4", "tiny-seed-4-solo-resnet", "tiny-seed-4-solo-vit"]
+    assert names == [*pair, "rival-seed-4", "beside-seed-4", "beside-seed-4-solo-vit"]
+    with pytest.raises(UserError, match="rival: objective seed has no baseline of its own"):
+        plan([rival], [4])
+
+
+def test_learning_together_and_from_a_static_teacher_are_one_table(beton: Path, tmp_path: Path) -> None:
+    """The partner is trained alone as a baseline of the pair, and teaches in the rival then."""
+    teacher = tmp_path / "tiny-seed-0-solo-resnet"
+    rival = [{**frozen(RESNET), "init": f"run:{teacher}/resnet"}, VIT]
+    short = {"optim__max_steps": 2}
+    configs = [evaluated(beton, **short), evaluated(beton, branches=rival, name="rival", **SEED, **short)]
+    found = run(configs, [0], ["knn"], tmp_path, 1, print)
+    knn = found.comparisons["knn"]
+    assert [(m.label, sorted(m.branches)) for m in knn.methods] == [("dino", ["resnet", "vit"]), ("seed", ["vit"])]
+    together, static = (method.branches["vit"] for method in knn.methods)
+    assert together.gain.solo == static.gain.solo
+    assert static.gain.gain_ci95[0] <= static.gain.gain <= static.gain.gain_ci95[1]
+    # the first weights of the branch that learns are the same in all three
+    assert {curves[0][0] for b in (together, static) for curves in (b.pair_curves, b.solo_curves)} == {
+        together.solo_curves[0][0]
+    }
+    assert all(about["training_seconds"] > 0 for about in found.document["runs"])
 
 
 def test_a_finished_run_of_the_same_settings_is_taken_whatever_its_name(beton: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 usage: python -m tests.programs.train_steps OUTPUT.safetensors OBJECTIVE [--FLAG ...] [key.path=value ...]
 
-OBJECTIVE: dino, contrastive, or dino-frozen, seed, regression with a frozen branch, whose weights are random here.
+OBJECTIVE: dino, contrastive, or dino-frozen, contrastive-frozen, seed, regression with a frozen branch, whose weights
+are random here.
 
 --gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get. --monitors: every step is measured, and what
 the last one has shown is written too.
@@ -33,6 +34,7 @@ from mokd.training.step import TrainingStep
 from tests.support import CONTRASTIVE, REGRESSION, RESNET, SEED, THIRD, VIT, frozen, tiny
 
 BATCH, STEPS = 12, 5
+OBJECTIVES = {"contrastive": CONTRASTIVE, "seed": SEED, "regression": REGRESSION}
 OVERFLOW = 2  # the step at which, in fp16, a gradient of the first branch overflows on the last rank
 
 
@@ -65,7 +67,7 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
         optim__global_batch=BATCH,
         optim__freeze_last_layer_epochs=0,
         optim__warmup_epochs=0,
-        **{"contrastive": CONTRASTIVE, "seed": SEED, "regression": REGRESSION}.get(objective_kind, {}),
+        **OBJECTIVES.get(objective_kind.removesuffix("-frozen"), {}),
         optim__clip_grad_norm=0.05,  # low enough to act
     )
     config = schema.validate(RunConfig, schema.apply_overrides(raw, overrides), "train_steps")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
 from mokd.export import formats
 from mokd.export.export import export
+from mokd.export.formats import Format
 from mokd.export.source import held_sources
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.start import train
@@ -47,8 +52,7 @@ def needed(kind: str) -> None:
 @pytest.mark.parametrize(
     ("branch", "kind"),
     [
-        *[(branch, kind) for branch in ("vit", "convnext") for kind in ("timm", "onnx", "huggingface")],
-        *[("resnet18", kind) for kind in formats.FORMATS],
+        *[(branch, kind) for branch in ("resnet18", "vit", "convnext") for kind in formats.FORMATS],
         ("small_stem", "timm"),
         ("small_stem", "safetensors"),
     ],
@@ -92,7 +96,7 @@ def test_an_export_that_differs_is_refused(run: RunDirectory, tmp_path: Path, mo
     [
         (["--format", "gguf"], "no such format; there are timm"),
         (["--format", "timm", "--branch", "swin"], "no branch 'swin'; there are resnet18, vit"),
-        (["--format", "torchvision", "--branch", "vit"], "is no plain torchvision network"),
+        (["--format", "torchvision", "--branch", "small_stem"], "is no plain ResNet, vision transformer or ConvNeXt"),
         (["--format", "huggingface", "--branch", "small_stem"], "which timm alone does not build"),
         (["--format", "timm", "--network", "scratch"], "student or teacher"),
         (["--format", "timm", "--out", "x"], "give one --branch"),
@@ -122,6 +126,93 @@ def test_an_export_is_replaced_only_when_told(run: RunDirectory, tmp_path: Path)
 
 def test_the_page_gives_the_lines_that_are_run(run: RunDirectory) -> None:
     page = (ROOT / "docs" / "export.md").read_text()
-    with held_sources(run, "resnet18", "teacher") as (source,):
-        for kind, form in formats.FORMATS.items():
-            assert f"\n{kind}:\n\n```python\n{form.load(source)}```\n" in page, kind
+    kinds = {(name, name): "resnet18" for name in formats.FORMATS}
+    kinds |= {("torchvision", f"a {name} for torchvision"): b for name, b in OTHER_TORCHVISION.items()}
+    for (kind, title), branch in kinds.items():
+        with held_sources(run, branch, "teacher") as (source,):
+            assert f"\n{title}:\n\n```python\n{formats.FORMATS[kind].load(source)}```\n" in page, title
+
+
+OTHER_TORCHVISION = {"vision transformer": "vit", "ConvNeXt": "convnext"}
+
+
+def test_lines_that_need_this_project_are_refused(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = formats.FORMATS["timm"]
+    ours = Format(own.write, lambda source: f"import mokd.models.backbones\n{own.load(source)}")
+    monkeypatch.setitem(formats.FORMATS, "timm", ours)
+    with pytest.raises(UserError, match="cannot be read back: ModuleNotFoundError"):
+        list(export(run, "resnet18", "timm", "teacher", tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is installed here, without this project and what makes it importable: an environment of its own."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    installed = Path(torch.__file__).parents[1]
+    for entry in installed.iterdir():
+        if not re.match(r"(__editable__|mokd|launcher|data_pipeline)", entry.name) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.parametrize("kind", list(formats.FORMATS))
+@pytest.mark.parametrize("branch", ["resnet18", "vit", "convnext"])
+def test_cards_lines_run_where_this_project_is_not_installed(
+    run: RunDirectory, tmp_path: Path, elsewhere: Path, branch: str, kind: str
+) -> None:
+    needed(kind)
+    list(export(run, branch, kind, "student", tmp_path / "out"))
+    (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    images = np.random.default_rng(3).normal(size=(3, 3, 64, 64)).astype("float32")
+    np.save(tmp_path / "images.npy", images)
+    program = "\n".join(
+        [
+            "import importlib.util, sys",
+            f"sys.path.append({str(elsewhere)!r})",
+            "assert not any(map(importlib.util.find_spec, ('mokd', 'launcher', 'data_pipeline')))",
+            "import numpy",
+            "images = numpy.load('../images.npy')",
+            lines,
+            "numpy.save('../features.npy', features)",
+        ]
+    )
+    # -S: nothing is on the path but what is put there
+    command = [sys.executable, "-I", "-S", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with held_sources(run, branch, "student") as (source,), torch.no_grad():
+        own = source.backbone(torch.from_numpy(images)).pooled.numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), own, rtol=1e-4, atol=1e-5 * np.abs(own).max())
+
+
+def test_onnx_takes_other_numbers_and_where_the_network_allows_it_sizes(run: RunDirectory, tmp_path: Path) -> None:
+    needed("onnx")
+    import onnxruntime
+
+    for branch, shapes in (
+        ("resnet18", [(5, 64, 64), (1, 96, 80)]),
+        ("convnext", [(1, 96, 64)]),
+        ("vit", [(5, 64, 64)]),
+    ):
+        list(export(run, branch, "onnx", "teacher", tmp_path / branch))
+        model = onnxruntime.InferenceSession(tmp_path / branch / "model.onnx", providers=["CPUExecutionProvider"])
+        with held_sources(run, branch, "teacher") as (source,), torch.no_grad():
+            for number, height, width in shapes:
+                images = torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(1))
+                own = source.backbone(images).pooled.numpy()
+                (found,) = model.run(["features"], {"images": images.numpy()})
+                np.testing.assert_allclose(found, own, rtol=1e-4, atol=1e-5 * np.abs(own).max())
+
+
+def test_torchvision_builds_the_network_by_its_name(run: RunDirectory, tmp_path: Path) -> None:
+    """What is written of a network that torchvision has a name for fits what it builds by that name."""
+    import torchvision
+
+    list(export(run, "resnet18", "torchvision", "teacher", tmp_path / "out"))
+    model = torchvision.models.resnet18()
+    answer = model.load_state_dict(torch.load(tmp_path / "out" / "model.pth", weights_only=True), strict=False)
+    assert answer.unexpected_keys == []
+    assert answer.missing_keys == ["fc.weight", "fc.bias"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from mokd.checkpointing import state
 from mokd.checkpointing.storage import publish
 from mokd.config import RunConfig
 from mokd.distributed.local_ranks import supervise, train_locally
+from mokd.distributed.process_group import Ranks
+from mokd.distributed.stopping import StopRequest
 from mokd.models.backbones import timm_arguments
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch, TeachingBranch, learning
 from mokd.parallel.build import build_branch
 from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from mokd.runs.run_directory import RunDirectory
+from mokd.training.step import TrainingStep
 from mokd.weights import initial
 from tests.support import CONTRASTIVE, REGRESSION, RESNET, SEED, THIRD, VIT, frozen, tiny_config
 
@@ -51,12 +55,14 @@ def final_state(run: RunDirectory) -> dict[str, torch.Tensor]:
     ("ranks", "changes"),
     [
         (1, {}),
+        (2, {"parallel__strategy": "ddp"}),
         (2, {"parallel__strategy": "fsdp"}),
         (2, CONTRASTIVE),
+        (2, {**CONTRASTIVE, "parallel__strategy": "fsdp"}),
         (2, SEED),
         (1, REGRESSION),
     ],
-    ids=["dino-1", "dino-fsdp-2", "contrastive-2", "seed-2", "regression-1"],
+    ids=["dino-1", "dino-ddp-2", "dino-fsdp-2", "contrastive-2", "contrastive-fsdp-2", "seed-2", "regression-1"],
 )
 def test_it_keeps_its_bits_and_a_resumed_run_is_the_same(
     ranks: int, changes: dict[str, Any], beton: Path, tmp_path: Path
@@ -123,6 +129,54 @@ def test_it_costs_no_backward_pass_and_no_optimizer() -> None:
     _, (learner, still) = build(tiny_config(branches=[VIT, frozen(THIRD)]))
     assert isinstance(learner, Branch)
     assert vars(still).keys() == {"config", "name", "teacher", "whole_teacher_backbone"}
+
+
+def bytes_held(config: RunConfig) -> tuple[int, int]:
+    """What tensors hold after two steps: all of them, and the networks of frozen branches."""
+
+    def held() -> int:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"
+        }
+        return sum(storages.values())
+
+    before = held()
+    objective, branches = build(config)
+    step = TrainingStep(config, branches, objective, StopRequest(), Ranks(), torch.device("cpu"), 5)
+    for number in range(2):
+        step.run(number, views_of(config), epoch=0, measure=False)
+    still = [branch.teacher for branch in branches if not isinstance(branch, Branch)]
+    return held() - before, sum(t.nbytes for network in still for t in network.state_dict().values())
+
+
+@pytest.mark.parametrize("changes", [{}, CONTRASTIVE], ids=["dino", "contrastive"])
+def test_after_a_step_nothing_is_held_of_it_but_its_weights(changes: dict[str, Any]) -> None:
+    """No gradients, no moments of an optimizer, no second network, no activations."""
+    configs = [
+        tiny_config(branches=branches, optim__global_batch=4, **changes)
+        for branches in ([VIT], [VIT, frozen(THIRD)], [VIT, THIRD])
+    ]
+    bytes_held(configs[1])  # what is made once and kept
+    (alone, _), (beside, weights), (both, _) = map(bytes_held, configs)
+    assert weights > 100_000
+    # its centers or its bank, and what the other branch needs to learn from it
+    own = 0 if changes == {} else other_parts(configs[1])
+    assert 0 <= beside - alone - weights - own < 0.02 * weights
+    assert both - alone > 4 * weights
+
+
+def other_parts(config: RunConfig) -> int:
+    """Of the contrastive objective: the bank, and the learning branch's extraction and alignment with all they need."""
+    objective, (learner, _) = build(config)
+    bank = sum(t.nbytes for key, t in objective.state_tensors().items() if "vit_wide" in key)
+    alone = build(tiny_config(branches=[VIT], **CONTRASTIVE))[1][0]
+    assert isinstance(learner, Branch)
+    assert isinstance(alone, Branch)
+    more = [sum(p.nbytes for p in branch.student.parameters()) for branch in (learner, alone)]
+    return bank + 5 * (more[0] - more[1])  # student, gradient, two moments, teacher
 
 
 @pytest.mark.parametrize("changes", [{}, CONTRASTIVE])

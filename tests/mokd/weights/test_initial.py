@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +12,12 @@ import pytest
 import timm
 import torch
 import torchvision
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
+from launcher.cli import main as cli
 from launcher.report.build import build_report
 from mokd.checkpointing import state
 from mokd.checkpointing.reading import Checkpoint
@@ -28,7 +29,7 @@ from mokd.runs.first_weights import facts_of, words
 from mokd.runs.run_directory import RunDirectory
 from mokd.weights import initial
 from mokd.weights.sources import find
-from tests.support import RESNET, VIT, tiny_config
+from tests.support import RESNET, VIT, hub_cache, tiny, tiny_config
 
 
 def scrambled(net: nn.Module) -> nn.Module:
@@ -110,27 +111,6 @@ def test_a_record_that_has_changed_is_refused(beton: Path, tmp_path: Path) -> No
         initial.load(run, run.config(), [])
 
 
-def hub_cache(folder: Path, repository: str, **files: Any) -> None:
-    """A repository as huggingface_hub keeps it in its cache."""
-    place = folder / f"models--{repository.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0123")
-    (place / "snapshots" / "0123").mkdir(parents=True)
-    for name, content in files.items():
-        target = place / "snapshots" / "0123" / name.replace("__", ".")
-        target.write_text(json.dumps(content)) if name.endswith("json") else save_file(content, target)
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Caches of the hub and of torch in `tmp_path`, and no way to anything that is not in them."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    return tmp_path
-
-
 def branch(backbone: str, init: str, **keys: Any) -> BranchConfig:
     optimizer = {"kind": "sgd", "lr": 0.1}
     return BranchConfig.model_validate(
@@ -184,6 +164,41 @@ def test_what_cannot_be_had_is_said_in_one_line(backbone: str, init: str, says: 
         find(branch(backbone, init), 32)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        ("nowhere.pth", "nowhere.pth: no such file"),
+        ("{damaged}", "damaged.pth: cannot be read safely as weights"),
+        ("{other}", "branches.vit needs 'cls_token', 'pos_embed' ("),
+        ("{narrow}", "'cls_token' is [1, 1, 12] instead of [1, 1, 24], "),
+        ("timm", "is not in the cache and cannot be downloaded"),
+        ("hub:nobody/nothing", "nobody/nothing is not in the cache and cannot be downloaded"),
+        ("torchvision:ViT_B_16_Weights.IMAGENET1K_V1", ".pth is not in the cache and cannot be downloaded"),
+        ("torchvision:ViT_B_16_Weights.V9", "torchvision has no such weights"),
+        ("run:nowhere/vit", "not a run directory"),
+    ],
+)
+@pytest.mark.parametrize("command", [["train"], ["launch", "--local", "--dry-run"]], ids=" ".join)
+def test_commands_end_with_one_line_and_make_nothing(
+    command: list[str], init: str, says: str, beton: Path, offline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: offline / f"{name}.pth" for name in ("damaged", "other", "narrow")}
+    files["damaged"].write_bytes(b"not weights at all")
+    narrow = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "img_size": 32}
+    torch.save(timm.create_model("resnet18").state_dict(), files["other"])
+    torch.save(timm.create_model("vit_tiny_patch16_224", **narrow).state_dict(), files["narrow"])
+    raw = tiny(beton, branches=[RESNET, {**VIT, "init": init.format(**files)}])
+    (offline / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, str(offline / "tiny.yaml"), "--root", str(offline / "runs")])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, ""), err
+    (line,) = [line for line in err.splitlines() if line and not line.startswith("warning:")]
+    assert line.startswith("error: ")
+    assert says in line
+    assert not (offline / "runs").exists()
 
 
 def test_timms_weights_of_another_width_are_refused_by_the_first_mismatch(offline: Path) -> None:
