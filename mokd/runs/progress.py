@@ -107,6 +107,8 @@ class TrainingProgress(WorkProgress):
         super().__init__("train", done=done, every_seconds=0.0, per_second=False)
         self._total, self._facts = total_steps, "waiting for the first step"
         self.at(done)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def _count(self, done: int, total: int) -> str:
         return f"step {done}/{total}"

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ _HEADS = frozenset(
     {"fc", "head", "head_dist", "heads", "classifier", "projector", "projection_head", "dino_head", "ibot_head"}
 )
 # what programs save beside weights and what only holds values: arguments, paths
-_HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+_HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 # lightly keeps a ResNet as a sequence of its children, without names
 _RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # DINOv2 trains its blocks in chunks; a block keeps its own number within its chunk
