@@ -99,6 +99,8 @@ class TrainingProgress(WorkProgress):
         super().__init__("train", done=done, per_second=False)
         self._total, self._facts = total_steps, "waiting for the first step"
         self.at(done)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def _count(self, done: int, total: int) -> str:
         return f"step {done}/{total}"
