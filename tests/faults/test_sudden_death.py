@@ -14,6 +14,7 @@ from slurm.cluster import Cluster
 from tests.slurm.harness import (
     Record,
     attempt_record,
+    both_ranks,
     check_lost,
     check_same,
     children,
@@ -138,7 +139,7 @@ def test_bad_node(cluster: Cluster, beton: Path, tmp_path: Path, record_property
 def test_controller_down(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     run = pretend(tmp_path, beton, "orphan", {"steps": 400, "step_seconds": 0.1, "every": 100000})
     wait_for_step(run, 10)
-    found = ranks(run)
+    found = both_ranks(run)
     controller_has_saved(cluster, run)
     cluster.stop("slurmctld", signal.SIGKILL)
     try:

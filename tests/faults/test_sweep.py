@@ -12,6 +12,7 @@ from slurm.cluster import Cluster
 from tests.slurm.harness import (
     Record,
     attempt_record,
+    both_ranks,
     check_lost,
     check_same,
     config,
@@ -69,7 +70,7 @@ def test_controller_away_during_a_hang_kill(
     wait_for_step(hung, 15)
     wait_for_step(calm, 1)
     controller_has_saved(cluster, hung)
-    found = ranks(hung)
+    found = both_ranks(hung)
     cluster.stop("slurmctld", signal.SIGKILL)
     try:
         (hung.path / "hold").touch()

@@ -243,6 +243,11 @@ def ranks(run: RunDirectory) -> dict[int, Process]:
     return found
 
 
+def both_ranks(run: RunDirectory) -> dict[int, Process]:
+    """The two living ranks of a run; waited for, as those of the stand-in do not start together."""
+    return dict(wait_for("both ranks", lambda: found if len(found := ranks(run)) == 2 else None, 30.0))
+
+
 def weights(run: RunDirectory) -> str:
     """A hash of everything trained, in the newest checkpoint."""
     folder = run.checkpoints / f"step-{checkpoint_step(run)}"
