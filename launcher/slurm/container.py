@@ -24,6 +24,8 @@ from mokd.config import RunConfig
 
 # image formats that are files; anything else that is no path is the name of an image in a registry
 _FILES = (".sif", ".sqsh", ".squashfs", ".img")
+# the search path of the batch script, kept for the ranks of a supervisor that is in a container
+HOST_PATH = "MOKD_HOST_PATH"
 _GPU_OPTIONS = {"--nv", "--nvccli", "--rocm"}
 
 

@@ -104,6 +104,8 @@ class Script:
         # the snapshot comes before anything installed, and before the working directory, which may be a checkout
         path = f'export PYTHONPATH={shlex.quote(str(self.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
         given["setup"] = [*given["setup"], path, "export PYTHONSAFEPATH=1"]
+        if container.surrounding():  # the supervisor's container has another, by which the nodes may find no runtime
+            given["setup"].append(f'export {container.HOST_PATH}="$PATH"')
         return str(
             _make_sbatch_string(
                 command=self._command(array=runs is not None),

@@ -28,6 +28,7 @@ from launcher.runs.goodput import steps_done
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Ending, Records, checkpoint_step
 from launcher.slurm import client
+from launcher.slurm.container import HOST_PATH
 from launcher.slurm.hang_watch import HangWatch
 from launcher.slurm.requeue_policy import Decision, Facts, bad_nodes, decide, exclusions
 from launcher.slurm.srun_step import Step
@@ -250,6 +251,7 @@ class Supervisor:
             address = socket.gethostname()
         return {
             **os.environ,
+            "PATH": os.pathsep.join(filter(None, [os.environ.get(HOST_PATH), os.environ.get("PATH")])),
             "MOKD_ATTEMPT": str(self.attempt),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(free_port("")),  # a new one for every attempt: no leftover can join

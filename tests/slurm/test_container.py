@@ -74,6 +74,7 @@ def test_launched_from_inside(cluster: Cluster, beton: Path, image: Path, tmp_pa
     binds = [cluster.state, harness.ROOT, beton.parent, tmp_path]
     inside = [str(APPTAINER), "exec", *(word for bind in binds for word in ("--bind", str(bind))), str(image), PYTHON]
     given = ["launch", str(config), "--nodes", "2", "--time", "10", "--root", str(root), "optim.max_steps=4"]
+    given += [f"cluster.setup=[export PATH={APPTAINER.parent}:$PATH]"]  # a job inherits the image's path
     launched = subprocess.run(
         [*inside, "-m", "launcher.cli", *given], capture_output=True, text=True, check=False, cwd=tmp_path
     )
