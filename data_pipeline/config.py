@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.core.schema import PositiveFloat, PositiveInt, Probability, StrictModel
 
 Interval = tuple[float, float]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_CHANNELS = 64  # kMaxChannels of native/kernels.h
 
 
@@ -62,10 +63,7 @@ class ViewsConfig(StrictModel):
         solarize_probability=(0.0, 0.2),
     )
     local_crops: CropConfig = CropConfig(count=8, size_px=96, area_scale=(0.05, 0.25), blur_probability=(0.5,))
-    aspect_ratio: Annotated[Interval, Field(description="width over height of a crop, [least, most]")] = (
-        3.0 / 4.0,
-        4.0 / 3.0,
-    )
+    aspect_ratio: Annotated[Interval, Field(description="width over height of a crop, [least, most]")] = (3 / 4, 4 / 3)
     flip_probability: Annotated[Probability, Field(description="of a horizontal flip")] = 0.5
     jitter: JitterConfig = JitterConfig()
     grey_probability: Annotated[Probability, Field(description="that a view loses its colours")] = 0.2
@@ -74,11 +72,9 @@ class ViewsConfig(StrictModel):
         int, Field(ge=0, le=255, description="grey level from which solarisation inverts")
     ] = 128
     mean: Annotated[tuple[float, ...], Field(description="of each channel, subtracted (images are 0 to 1)")] = (
-        0.485,
-        0.456,
-        0.406,
+        IMAGENET_MEAN
     )
-    std: Annotated[tuple[float, ...], Field(description="of each channel, divided by")] = (0.229, 0.224, 0.225)
+    std: Annotated[tuple[float, ...], Field(description="of each channel, divided by")] = IMAGENET_STD
 
     @model_validator(mode="after")
     def _consistent(self) -> ViewsConfig:

@@ -178,15 +178,12 @@ def minutes(limit: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not match:
         raise ValueError("minutes, MM:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
-    days, *parts = (None if part is None else int(part) for part in match.groups())
-    given = [part for part in parts if part is not None]
-    if days is not None:
-        hours, minute, second = [*given, 0, 0][:3]
-    elif len(given) == 3:
-        hours, minute, second = given
-    else:
-        hours, minute, second = 0, *[*given, 0][:2]
-    seconds = ((days or 0) * 24 + hours) * 3600 + minute * 60 + second
+    days, *parts = match.groups()
+    given = [int(part) for part in parts if part is not None]
+    if days is None and len(given) < 3:  # minutes come first
+        given.insert(0, 0)
+    hours, minute, second = [*given, 0, 0][:3]
+    seconds = (int(days or 0) * 24 + hours) * 3600 + minute * 60 + second
     return -(-seconds // 60)
 
 

@@ -122,11 +122,7 @@ def convert(
                 raise UserError(f"{output}: none of the {len(listing.paths)} images could be used; {first}")
             versions = {"python": platform.python_version(), "pillow": PIL.__version__, "numpy": np.__version__}
             head: dict[str, Any] = {"format": FORMAT, "classes": listing.classes, "versions": versions}
-            head |= {
-                "channels": options.channels,
-                "sources": tuple(str(source) for source in sources),
-                "options": stored,
-            }
+            head |= {"channels": options.channels, "sources": tuple(map(str, sources)), "options": stored}
             size = writer.publish(head, workers)
         except UserError:
             # what an earlier conversion has left is not thrown away for a mistake in resuming it

@@ -49,12 +49,8 @@ def encode(place: Place, storage: Storage) -> Encoded:
     if not content:
         raise Unusable("empty file")
     mode, limit = storage.mode, storage.max_resolution
-    if (
-        mode == "original"
-        and storage.channels == 3
-        and (size := _plain_jpeg(content))
-        and (limit is None or max(size) <= limit)
-    ):
+    size = _plain_jpeg(content) if mode == "original" and storage.channels == 3 else None
+    if size and (limit is None or max(size) <= limit):
         return Encoded(MODE_JPEG, *size, content)
     image = decode(content) if _is_jpeg(content) else None
     if image and mode == "original" and _fits_as_it_is(content, image, storage):
@@ -70,9 +66,8 @@ def encode(place: Place, storage: Storage) -> Encoded:
     if mode == "raw" or small or storage.channels not in (1, 3):
         return _checked(Encoded(MODE_RAW, width, height, values.tobytes(), found.peak))
     buffer = io.BytesIO()
-    Image.fromarray(values.squeeze(2) if storage.channels == 1 else values).save(
-        buffer, "JPEG", quality=storage.quality
-    )
+    image = Image.fromarray(values.squeeze(2) if storage.channels == 1 else values)
+    image.save(buffer, "JPEG", quality=storage.quality)
     return _checked(Encoded(MODE_JPEG, width, height, buffer.getvalue(), found.peak))
 
 

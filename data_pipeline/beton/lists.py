@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_pipeline.beton.places import Found
@@ -31,12 +31,11 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     kind = path.suffix.lower()
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            if kind == ".txt":
-                rows = ([word.strip() for word in _words(line)] for line in file)
-            else:
-                reader = csv.reader(file, delimiter="," if kind == ".csv" else "\t")
-                rows = ([word.strip() for word in row] for row in reader)
-            for number, row in enumerate(rows, start=1):
+            rows: Iterable[list[str]] = csv.reader(file, delimiter="," if kind == ".csv" else "\t")
+            if kind == ".txt":  # a path may hold blanks; a line of one word is a path
+                rows = (line.strip().rsplit(maxsplit=1) for line in file)
+            for number, words in enumerate(rows, start=1):
+                row = [word.strip() for word in words]
                 heading = number == 1 and row[:1] and row[0].lower() in ("path", "file", "filename", "image")
                 if any(row) and not heading:
                     yield number, row
@@ -44,8 +43,3 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}: not a list of images: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _words(line: str) -> list[str]:
-    """A path, which may hold blanks, and the class after it; a line of one word is a path."""
-    return line.strip().rsplit(maxsplit=1)

@@ -68,18 +68,20 @@ def pixels(content: bytes, image: Image.Image | None, channels: int, bits: int |
     if content.startswith(_NPY):
         return _scaled(_with_channels(_array(content), channels), None, bits)
     if content.startswith(_TIFF) and channels not in (1, 3):
-        return _scaled(_with_channels(_tiff(content), channels), _stated_bits(content, None), bits)
+        values = _with_channels(_tiff(content), channels)
+        return _scaled(values, _stated_bits(content, values), bits)
     image = image or decode(content)
     if image.mode == "F":
         raise Unusable("floating-point pixels")
+    deep: NDArray[np.uint16] | None = None
     if image.mode.startswith("I"):  # one channel of 16 bits; of 32, the upper are cut off
-        found = _scaled(np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16), _stated_bits(content, image), bits)
-        upright = _turned(Image.fromarray(found.values), image)
-        return Pixels(_as_channels(upright, channels), found.peak)
-    if _is_deep(content, image) and (deep := _deep_colours(content, bits, len(image.getbands()))) is not None:
-        found = _scaled(deep, _stated_bits(content, image), bits)
-        return Pixels(_as_channels(_turned(Image.fromarray(found.values), image), channels), found.peak)
-    return Pixels(_as_channels(_turned(image, image), channels))
+        deep = np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16)
+    elif _is_deep(content, image):
+        deep = _deep_colours(content, bits, len(image.getbands()))
+    if deep is None:
+        return Pixels(_as_channels(_turned(image, image), channels))
+    found = _scaled(deep, _stated_bits(content, deep), bits)
+    return Pixels(_as_channels(_turned(Image.fromarray(found.values), image), channels), found.peak)
 
 
 def upright(image: Image.Image) -> bool:
@@ -125,15 +127,17 @@ def _scaled(values: NDArray[Any], stated: int | None, bits: int | None) -> Pixel
     return Pixels(eight, peak if bits is None and stated is None else None)
 
 
-def _stated_bits(content: bytes, image: Image.Image | None) -> int | None:
-    """The largest value that the pixels can have by what the file says of itself; None when it says nothing."""
+def _stated_bits(content: bytes, values: NDArray[Any]) -> int | None:
+    """The largest value that the pixels can have by what the file says of itself; None when it says nothing.
+
+    values: of the pixels, all 16 bits.
+    """
     if content.startswith(_PNG):
         bits = _significant_bits(content)
-        if bits is None or not 1 <= bits < 16 or image is None:
+        if bits is None or not 1 <= bits < 16:
             return 0xFFFF if bits == 16 else None
         # the standard has such data stretched to all 16 bits, many programs store them as they are
-        values = _deep_values(content, image)
-        unstretched = values is not None and values.max() < 1 << bits and (values & ((1 << (16 - bits)) - 1)).any()
+        unstretched = values.max() < 1 << bits and (values & ((1 << (16 - bits)) - 1)).any()
         return (1 << bits) - 1 if unstretched else 0xFFFF
     if content.startswith(_TIFF):
         try:
@@ -141,7 +145,7 @@ def _stated_bits(content: bytes, image: Image.Image | None) -> int | None:
                 tags: Any = getattr(file, "tag_v2", {})
                 largest, depth = (_largest(tags.get(tag)) for tag in (_MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE))
         except Exception:  # kinds that only tifffile reads
-            return _tiff_largest(content)
+            largest, depth = _tiff_largest(content), None
         if largest is not None and 0 < largest <= 0xFFFF:
             return largest
         return (1 << depth) - 1 if depth is not None and 8 < depth < 16 else None
@@ -174,12 +178,6 @@ def _is_deep(content: bytes, image: Image.Image) -> bool:
         return content[24:25] == b"\x10"
     depth = _largest(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)) if content.startswith(_TIFF) else None
     return depth == 16
-
-
-def _deep_values(content: bytes, image: Image.Image) -> NDArray[Any] | None:
-    if image.mode.startswith("I"):
-        return np.asarray(image).astype(np.int64)
-    return _deep_colours(content, None, len(image.getbands()))
 
 
 def _deep_colours(content: bytes, bits: int | None, bands: int) -> NDArray[np.uint16] | None:
@@ -225,8 +223,7 @@ def _tiff(content: bytes) -> NDArray[Any]:
 def _tiff_largest(content: bytes) -> int | None:
     with _tifffile().TiffFile(io.BytesIO(content)) as file:
         tag = file.pages[0].tags.get(_MAX_SAMPLE_VALUE)
-    largest = _largest(tag.value) if tag else None
-    return largest if largest is not None and 0 < largest <= 0xFFFF else None
+    return _largest(tag.value) if tag else None
 
 
 def _tifffile() -> Any:

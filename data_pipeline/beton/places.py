@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +37,9 @@ class Member:
 
     def read(self) -> bytes:
         """Its bytes."""
-        descriptor = os.open(self.archive, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.pread(descriptor, self.size, self.offset)
-        finally:
-            os.close(descriptor)
+        with open(self.archive, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
         if len(data) != self.size:
             raise Unusable("the archive ends before it does")
         return data

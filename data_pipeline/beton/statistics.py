@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from data_pipeline.beton.convert import ConvertOptions, Skipped
 from data_pipeline.beton.encoding import default_workers, in_threads
 from data_pipeline.beton.format import open_beton
 from data_pipeline.beton.pixels import Unusable, pixels
-from data_pipeline.beton.places import read
+from data_pipeline.beton.places import Place, read
 from data_pipeline.beton.samples import BetonSamples
 from data_pipeline.beton.sources import list_images
 from data_pipeline.beton.tables import Columns
@@ -40,9 +41,10 @@ def statistics(
     Of the options, those that say which images these are and how their pixels are read count. Raises UserError when
     there is nothing to read.
     """
-    jobs = _of_beton(sources[0]) if len(sources) == 1 and sources[0].suffix == ".beton" else _of(sources, options)
+    alone = len(sources) == 1 and sources[0].suffix == ".beton"
+    work, todo = _of_beton(sources[0]) if alone else _of(sources, options)
     # in order, so that sums are the same whatever the number of threads
-    results = in_threads(lambda job: job(), jobs, options.workers or default_workers())
+    results = in_threads(work, todo, options.workers or default_workers())
     total, skipped = np.zeros((2, 0)), []
     images = 0
     for done, found in enumerate(results, start=1):
@@ -52,7 +54,7 @@ def statistics(
             images += 1
             total = found if not total.size else total + found
         if progress:
-            progress(done, len(jobs))
+            progress(done, len(todo))
     if not images:
         raise UserError(f"{sources[0]}: none of its images could be used; the first: {skipped[0].reason}")
     mean, square = total / images
@@ -60,39 +62,33 @@ def statistics(
     return Statistics(images, tuple(mean.tolist()), tuple(std.tolist()), tuple(skipped))
 
 
-Job = Callable[[], Moments | Skipped]
+# what becomes of one image, and the images
+Jobs = tuple[Callable[[Any], Moments | Skipped], Sequence[Any]]
 
 
-def _of_beton(path: Path) -> list[Job]:
+def _of_beton(path: Path) -> Jobs:
     samples = BetonSamples(open_beton(path))
 
-    def job(sample_id: int) -> Job:
-        def work() -> Moments | Skipped:
-            try:
-                return _moments(samples.pixels(sample_id))
-            except DataError as error:
-                return Skipped(f"sample {sample_id}", str(error))
+    def work(sample_id: int) -> Moments | Skipped:
+        try:
+            return _moments(samples.pixels(sample_id))
+        except DataError as error:
+            return Skipped(f"sample {sample_id}", str(error))
 
-        return work
-
-    return [job(sample_id) for sample_id in range(samples.size)]
+    return work, range(samples.size)
 
 
-def _of(sources: Sequence[Path], options: ConvertOptions) -> list[Job]:
+def _of(sources: Sequence[Path], options: ConvertOptions) -> Jobs:
     columns = Columns(options.image_column, options.label_column)
     listing = list_images(sources, options.subset, options.seed, channels=options.channels, columns=columns)
 
-    def job(index: int) -> Job:
-        def work() -> Moments | Skipped:
-            place = listing.paths[index]
-            try:
-                return _moments(pixels(read(place), None, options.channels, options.bits).values)
-            except Unusable as reason:
-                return Skipped(str(place), str(reason))
+    def work(place: Place) -> Moments | Skipped:
+        try:
+            return _moments(pixels(read(place), None, options.channels, options.bits).values)
+        except Unusable as reason:
+            return Skipped(str(place), str(reason))
 
-        return work
-
-    return [job(index) for index in range(len(listing.paths))]
+    return work, listing.paths
 
 
 def _moments(values: NDArray[np.uint8]) -> Moments:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,6 +15,7 @@ from data_pipeline.core.errors import UserError
 
 _IMAGES, _LABELS = ("image", "img", "jpg", "png", "picture"), ("label", "labels", "cls", "class")
 _GROUPS_KEPT = 3  # threads that are a few images ahead of each other read from two
+_reading = Lock()
 
 
 @dataclass(frozen=True)
@@ -93,36 +94,36 @@ class Cell:
 class _Parquet:
     """A Parquet file: a cell is read with its row group, of which the last few are kept for its neighbours."""
 
-    _kept: OrderedDict[tuple[Path, int], Any] = OrderedDict()
-    _lock = Lock()
-
     def __init__(self, path: Path, arrow: Any) -> None:
-        import pyarrow.parquet
-
-        self.path, self.image, self._open = path, "", pyarrow.parquet.ParquetFile
-        with self._open(path) as file:
+        self.path, self.image = path, ""
+        with _open_parquet(path) as file:
             self.schema, meta = file.schema_arrow, file.metadata
             self.rows = meta.num_rows
             self._sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
 
     def labels(self, column: str) -> list[Any]:
-        with self._open(self.path) as file:
+        with _open_parquet(self.path) as file:
             return list(file.read(columns=[column]).column(0).to_pylist())
 
     def cell(self, row: int) -> Any:
         group = 0
         while row >= self._sizes[group]:
             row, group = row - self._sizes[group], group + 1
-        key = (self.path, group)
-        with self._lock:
-            if key not in self._kept:
-                with self._open(self.path) as file:
-                    self._kept[key] = file.read_row_group(group, columns=[self.image]).column(0)
-            self._kept.move_to_end(key)
-            while len(self._kept) > _GROUPS_KEPT:
-                self._kept.popitem(last=False)
-            column = self._kept[key]
+        with _reading:  # each group once, by whichever thread comes first
+            column = _row_group(self.path, group, self.image)
         return column[row].as_py()
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path)
+
+
+@lru_cache(_GROUPS_KEPT)
+def _row_group(path: Path, group: int, column: str) -> Any:
+    with _open_parquet(path) as file:
+        return file.read_row_group(group, columns=[column]).column(0)
 
 
 class _Arrow:

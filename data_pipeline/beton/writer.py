@@ -46,7 +46,7 @@ class BetonWriter:
     def __init__(self, output: Path, capacity: int, identity: dict[str, Any]) -> None:
         self.count = 0
         self.skipped: list[tuple[str, str]] = []
-        self._output, self._identity, self._unflushed = output, identity, 0
+        self._output, self._identity = output, identity
         self._records, self._table = np.zeros(capacity, RECORD), np.zeros(capacity, ALLOCATION)
         self._checksums = np.zeros(capacity, np.uint32)
         self._position = -(-(RECORDS_START + self._records.nbytes) // PAGE_SIZE) * PAGE_SIZE
@@ -75,9 +75,8 @@ class BetonWriter:
 
     def resume(self) -> None:
         """Takes up what an earlier, killed conversion has left. UserError when it was another one."""
-        path, kept = journal_path(self._output), 0
         try:
-            journal = open(path, "r+", encoding="utf-8", newline="\n")  # noqa: SIM115
+            journal = open(journal_path(self._output), "r+", encoding="utf-8", newline="\n")  # noqa: SIM115
         except FileNotFoundError:
             self.start()
             return
@@ -108,9 +107,7 @@ class BetonWriter:
         data = self._beton.read(size + CHECKSUM_BYTES)
         if len(data) != size + CHECKSUM_BYTES or zlib.crc32(data[:size]) != entry["crc32"]:
             return False
-        self._position = entry["offset"]
-        image = (entry["mode"], entry["width"], entry["height"])
-        self._enter(image, entry["label"], size, entry["crc32"])
+        self._enter(entry)
         return True
 
     def add(self, path: Place, label: int, image: Encoded, crc: int) -> None:
@@ -122,7 +119,7 @@ class BetonWriter:
         self._write_at(self._position, image.data, crc.to_bytes(CHECKSUM_BYTES, "little"))
         line = {"path": str(path), "label": label, "mode": image.mode, "width": image.width, "height": image.height}
         line |= {"offset": self._position, "bytes": size, "crc32": crc}
-        self._enter((image.mode, image.width, image.height), label, size, crc)
+        self._enter(line)
         self._log(line)
 
     def skip(self, path: Place, reason: str) -> None:
@@ -130,25 +127,20 @@ class BetonWriter:
         self.skipped.append((str(path), reason))
         self._log({"path": str(path), "skipped": reason})
 
-    def _enter(self, image: tuple[int, int, int], label: int, size: int, crc: int) -> None:
-        i = self.count
-        self._records[i] = ((*image, self._position), label)
-        self._table[i] = (i, self._position, size)
-        self._checksums[i] = crc
-        self._position += size + CHECKSUM_BYTES
+    def _enter(self, line: dict[str, Any]) -> None:
+        """The sample of a line of the journal, into the tables."""
+        i, offset, size = self.count, line["offset"], line["bytes"]
+        self._records[i] = ((line["mode"], line["width"], line["height"], offset), line["label"])
+        self._table[i] = (i, offset, size)
+        self._checksums[i] = line["crc32"]
+        self._position = offset + size + CHECKSUM_BYTES
         self.count += 1
 
     def _log(self, line: dict[str, Any]) -> None:
         assert self._journal is not None
         self._journal.write(json.dumps(line) + "\n")
-        self._unflushed += 1
-        if self._unflushed >= _FLUSH_EVERY:
-            self._flush()
-
-    def _flush(self) -> None:
-        assert self._journal is not None
-        self._journal.flush()  # after the data, which no buffer holds: the line vouches for them
-        self._unflushed = 0
+        if self.done % _FLUSH_EVERY == 0:
+            self._journal.flush()  # after the data, which no buffer holds: the line vouches for them
 
     def _write_at(self, position: int, *parts: bytes) -> None:
         descriptor, size = self._beton.fileno(), sum(map(len, parts))
@@ -161,12 +153,13 @@ class BetonWriter:
 
         head: the fields of `Manifest` that the writer does not know. workers: threads to read with.
         """
+        assert self._journal is not None
         records, table = self._records[: self.count].tobytes(), self._table[: self.count].tobytes()
         header = header_bytes(self.count, PAGE_SIZE, self._position)
         self._write_at(self._position, table)
         self._beton.truncate(self._position + len(table))
         self._write_at(0, header + records)
-        self._flush()
+        self._journal.flush()
         os.fsync(self._beton.fileno())
         self._read_back(header + records, workers)
         size = self._position + len(table)

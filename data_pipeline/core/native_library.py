@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from data_pipeline.core.errors import UserError
 
@@ -47,7 +47,18 @@ KINDS = ("float32", "float16", "bfloat16")
 # mokd_interface of native/library.cpp
 _INTERFACE = 2
 
-_POINTER = ctypes.c_void_p
+_INT, _LONG, _REAL, _POINTER, _BYTES = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_char_p
+# of every function: what it returns, then its arguments, as library.cpp has them
+_FUNCTIONS: dict[str, list[Any]] = {
+    "mokd_engine_create": [_POINTER, _INT, _BYTES],
+    "mokd_engine_destroy": [None, _POINTER],
+    "mokd_cut": [None, _POINTER, _INT, _LONG, *[_POINTER] * 5, *[_INT] * 3, *[_POINTER] * 4, _LONG, _POINTER],
+    "mokd_photometrics": [
+        *(None, _POINTER, _LONG, _INT, _POINTER, _LONG, _POINTER, _POINTER, _REAL, _INT),
+        *(_POINTER, _POINTER, _INT, _POINTER),
+    ],
+    "mokd_is_plain_jpeg": [_INT, _BYTES, ctypes.c_uint64, _POINTER, _POINTER],
+}
 
 
 def available() -> bool:
@@ -80,23 +91,9 @@ def _library() -> ctypes.CDLL:
         raise UserError(f"{path}: cannot be loaded ({error}); {hint}") from None
     if not hasattr(library, "mokd_interface") or library.mokd_interface() != _INTERFACE:
         raise UserError(f"{path}: was built from another version of the sources; build it again: make setup")
-    library.mokd_engine_create.restype = _POINTER
-    library.mokd_engine_create.argtypes = [ctypes.c_int, ctypes.c_char_p]
-    library.mokd_engine_destroy.restype = None
-    library.mokd_engine_destroy.argtypes = [_POINTER]
-    library.mokd_engine_kernels.restype = ctypes.c_char_p
-    library.mokd_engine_kernels.argtypes = [_POINTER]
-    library.mokd_cut.restype = None
-    integer, long, pointer = ctypes.c_int, ctypes.c_int64, _POINTER
-    cut: list[Any] = [pointer, integer, long, *[pointer] * 5, *[integer] * 3, *[pointer] * 4, long, pointer]
-    library.mokd_cut.argtypes = cut
-    library.mokd_photometrics.restype = None
-    real = ctypes.c_float
-    photometrics: list[Any] = [pointer, long, integer, pointer, long, pointer, pointer, real, integer]
-    photometrics += [*[pointer] * 2, integer]
-    library.mokd_photometrics.argtypes = [*photometrics, pointer]
-    library.mokd_is_plain_jpeg.restype = integer
-    library.mokd_is_plain_jpeg.argtypes = [ctypes.c_char_p, ctypes.c_uint64, pointer, pointer]
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
@@ -118,12 +115,6 @@ class Engine:
         self._handle = self._library.mokd_engine_create(threads, kernels.encode() if kernels else None)
         if not self._handle:
             raise UserError(f"data.workers: {threads} threads could not be started; use fewer")
-
-    @property
-    def kernels(self) -> str:
-        """The instruction set in use."""
-        name: bytes = self._library.mokd_engine_kernels(self._handle)
-        return name.decode()
 
     def close(self) -> None:
         """Ends the threads and frees their memory."""
@@ -147,7 +138,7 @@ class Engine:
         flips: NDArray[np.bool_],
         cut_sizes: NDArray[np.int32],
         out: NDArray[np.uint8],
-        channels: int = 3,
+        channels: int,
     ) -> NDArray[np.int32]:
         """Reads n samples from the open `file`, decodes each once, and cuts its views into `out`.
 
@@ -156,18 +147,8 @@ class Engine:
         Returns the status of each sample, an index into `STATUS`; the output of a failed sample is undefined.
         """
         n, views = flips.shape
-        arrays: list[NDArray[Any]] = [
-            np.ascontiguousarray(offsets, np.uint64),
-            np.ascontiguousarray(sizes, np.uint64),
-            np.ascontiguousarray(widths, np.int32),
-            np.ascontiguousarray(heights, np.int32),
-            np.ascontiguousarray(jpeg, np.uint8),
-        ]
-        rest: list[NDArray[Any]] = [
-            np.ascontiguousarray(geometry, np.float64),
-            np.ascontiguousarray(flips, np.uint8),
-            np.ascontiguousarray(cut_sizes, np.int32),
-        ]
+        samples = _arrays("u8 u8 i4 i4 u1", offsets, sizes, widths, heights, jpeg)
+        cuts = _arrays("f8 u1 i4", geometry, flips, cut_sizes)
         row_bytes = int((channels * cut_sizes.astype(np.int64) ** 2).sum())
         assert geometry.shape == (n, views, 8)
         assert out.shape == (n, row_bytes)
@@ -177,11 +158,11 @@ class Engine:
             self._handle,
             file,
             n,
-            *(array.ctypes.data for array in arrays),
+            *(array.ctypes.data for array in samples),
             channels,
             1,
             views,
-            *(array.ctypes.data for array in rest),
+            *(array.ctypes.data for array in cuts),
             out.ctypes.data,
             out.strides[0],
             status.ctypes.data,
@@ -197,7 +178,7 @@ class Engine:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         outs: list[int],
-        kind: str = "float32",
+        kind: str,
     ) -> None:
         """Views as `cut` leaves them, normalised: view v of sample i goes to the address outs[v] + i * C S_v^2 numbers.
 
@@ -207,10 +188,8 @@ class Engine:
         assert len(outs) == views == len(cut_sizes)
         assert len(packed) == n
         assert parameters.dtype == PHOTOMETRIC
-        sizes = np.ascontiguousarray(cut_sizes, np.int32)
         parameters = np.ascontiguousarray(parameters)
-        means, stds = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        addresses = np.asarray(outs, np.uint64)
+        sizes, means, stds, addresses = _arrays("i4 f4 f4 u8", cut_sizes, mean, std, outs)
         self._library.mokd_photometrics(
             self._handle,
             n,
@@ -226,3 +205,8 @@ class Engine:
             KINDS.index(kind),
             addresses.ctypes.data,
         )
+
+
+def _arrays(types: str, *given: ArrayLike) -> list[NDArray[Any]]:
+    """What is given in contiguous memory, each of its type; to be kept as long as the library reads it."""
+    return [np.ascontiguousarray(values, kind) for values, kind in zip(given, types.split(), strict=True)]

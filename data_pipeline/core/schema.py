@@ -151,15 +151,12 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
     tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     # a tagged union adds its tag to the path: show only what the file spells
     keys = [str(part) for part in first["loc"]]
-    shown = _walk(model, keys)[1]
     if first["type"] == "extra_forbidden":
-        shown.append(keys[-1])
-    key = ".".join(shown) or "(top level)"
-    if first["type"] == "extra_forbidden":
-        known = sorted(_walk(model, keys[:-1])[0])
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"{source}: {key}: unknown key; {hint}{tail}"
+        known, shown = _walk(model, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], sorted(known), n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{source}: {'.'.join([*shown, keys[-1]])}: unknown key; {hint}{tail}"
+    key = ".".join(_walk(model, keys)[1]) or "(top level)"
     if first["type"] == "missing":
         return f"{source}: {key}: required, but not given{tail}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -187,31 +184,28 @@ def _complete(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
         field = _field(model, key)
         if field is None:
             continue
-        if isinstance(value, str) and any("kind" in m.model_fields for m in _models_in(field.annotation)):
+        if isinstance(value, str) and any("kind" in m.model_fields for m in models_in(field.annotation)):
             result[key] = {"kind": value}
         elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             default = field.default
             base = default.model_dump(mode="json", by_alias=True) if isinstance(default, BaseModel) else {}
-            filled = _complete(field.annotation, value)
-            result[key] = {**base, **filled}
+            result[key] = base | _complete(field.annotation, value)
         elif isinstance(value, dict) and field.discriminator and isinstance(field.default, BaseModel):
             result[key] = {field.discriminator: getattr(field.default, field.discriminator), **value}
     return result
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key may hold, out of its annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) is not None:
         for part in get_args(annotation):
-            yield from _models_in(part)
+            yield from models_in(part)
 
 
 def _field(model: type[BaseModel], key: str) -> Any:
-    for name, field in model.model_fields.items():
-        if key in (field.alias, name):
-            return field
-    return None
+    return next((field for name, field in model.model_fields.items() if key in (field.alias, name)), None)
 
 
 def _walk(model: type[BaseModel], keys: Sequence[str]) -> tuple[set[str], list[str]]:
@@ -221,7 +215,7 @@ def _walk(model: type[BaseModel], keys: Sequence[str]) -> tuple[set[str], list[s
     for key in keys:
         found = [field for m in candidates if (field := _field(m, key)) is not None]
         if found:
-            candidates = [m for field in found for m in _models_in(field.annotation)]
+            candidates = [m for field in found for m in models_in(field.annotation)]
             shown.append(key)
         elif key.isdigit():
             shown.append(key)

@@ -46,22 +46,14 @@ class EvalLoader:
             yield LabelledBatch(batch.images.to(self._plan.device), batch.sample_ids, batch.labels)
 
 
-def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """Width and height after torchvision's Resize(shorter)."""
-    if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
-
-
 def centre_geometry(
     widths: NDArray[np.int64], heights: NDArray[np.int64], resize_px: int, crop_px: int
 ) -> NDArray[np.float64]:
-    """Resize and centre crop as one cut: the box in source pixels and the whole image for the filter, `[B, 1, 8]`."""
-    geometry = np.empty((len(widths), 1, 8))
-    for i, (width, height) in enumerate(zip(widths.tolist(), heights.tolist(), strict=True)):
-        new_width, new_height = resized_size(width, height, resize_px)
-        left, top = round((new_width - crop_px) / 2.0), round((new_height - crop_px) / 2.0)
-        x_scale, y_scale = width / new_width, height / new_height
-        box = (left * x_scale, top * y_scale, crop_px * x_scale, crop_px * y_scale)
-        geometry[i, 0] = (*box, 0, 0, width, height)
-    return geometry
+    """torchvision's Resize and CenterCrop as one cut: the box in source pixels and the whole image for the filter.
+
+    Returns `[B, 1, 8]`.
+    """
+    sides = np.stack([widths, heights], axis=-1)
+    resized = np.floor(resize_px * sides / sides.min(axis=-1, keepdims=True))
+    corner, scale = np.rint((resized - crop_px) / 2.0), sides / resized
+    return np.concatenate([corner * scale, crop_px * scale, np.zeros_like(scale), sides], axis=-1)[:, None]

@@ -91,30 +91,24 @@ class _Epoch(EpochIterator):
             return (failure,)
 
 
-class _NoStorage(MemoryContext):
-    state = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _NoManager(MemoryManager):
+class _NoManager(MemoryManager, MemoryContext):
     """Nothing: FFCV's own maps samples to pages in Python dictionaries, 700 MB for ImageNet, and we read on our own."""
+
+    state = state_type = None
 
     def __init__(self, reader: Any) -> None:
         pass
 
     def schedule_epoch(self, batches: Any) -> MemoryContext:
-        return _NoStorage()
+        return self
 
     def compile_reader(self) -> None:
         pass
 
-    @property
-    def state_type(self) -> None:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         pass
 
 

@@ -43,7 +43,8 @@ def view_picture(
 def _row(sample_id: int, image: Image.Image, draws: ViewDraws, views: ViewsConfig) -> Image.Image:
     """One image with its boxes at the left, its views beside it."""
     scale = _ORIGINAL / max(image.width, image.height)
-    original = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), _filter(scale))
+    smoothing = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    original = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), smoothing)
     pencil, font = ImageDraw.Draw(original), ImageFont.load_default(14)
     tiles = []
     for v, size in enumerate(view_sizes(views).tolist()):
@@ -52,7 +53,7 @@ def _row(sample_id: int, image: Image.Image, draws: ViewDraws, views: ViewsConfi
         pencil.rectangle((x, y, x + w - 1, y + h - 1), outline=colour, width=2)
         pencil.text((x + 4, y + 2), str(v), fill=colour, font=font, stroke_width=2, stroke_fill="black")
         cut = cut_view(image, draws.box[0, v].tolist(), size, bool(draws.flip[0, v]))
-        view = change_colours(cut, draws, 0, v, views.solarize_threshold)
+        (view,) = change_colours((cut,), draws, 0, v, views.solarize_threshold)
         tiles.append(view if size >= _SMALLEST else view.resize((_SMALLEST, _SMALLEST), Image.Resampling.NEAREST))
     lines = [tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)]
     cell = max(tile.width for tile in tiles)
@@ -62,21 +63,14 @@ def _row(sample_id: int, image: Image.Image, draws: ViewDraws, views: ViewsConfi
     row.paste(original, (_GAP, _GAP + _TEXT))
     pencil = ImageDraw.Draw(row)
     pencil.text((_GAP, _GAP), f"sample {sample_id}, {image.width} x {image.height}", fill="black", font=font)
-    top, v = _GAP, 0
-    for line, height in zip(lines, heights, strict=True):
-        for column, tile in enumerate(line):
-            left = _ORIGINAL + 2 * _GAP + column * (cell + _GAP)
-            kind = "global" if v < views.global_crops.count else "local"
-            pencil.rectangle((left, top + 3, left + 10, top + 13), fill=_COLOURS[v % len(_COLOURS)])
-            pencil.text((left + 15, top), f"{v} {kind}", fill="black", font=font)
-            row.paste(tile, (left, top + _TEXT))
-            v += 1
-        top += height
+    for v, tile in enumerate(tiles):
+        line, column = divmod(v, _COLUMNS)
+        left, top = _ORIGINAL + 2 * _GAP + column * (cell + _GAP), _GAP + sum(heights[:line])
+        kind = "global" if v < views.global_crops.count else "local"
+        pencil.rectangle((left, top + 3, left + 10, top + 13), fill=_COLOURS[v % len(_COLOURS)])
+        pencil.text((left + 15, top), f"{v} {kind}", fill="black", font=font)
+        row.paste(tile, (left, top + _TEXT))
     return row
-
-
-def _filter(scale: float) -> Image.Resampling:
-    return Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
 
 
 def _describe(draws: ViewDraws, v: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from threading import Thread
 from typing import Any
@@ -24,11 +25,18 @@ from data_pipeline.config import DataConfig, ViewsConfig
 from data_pipeline.core.errors import DataError
 from data_pipeline.loaders.batch import LabelledBatch, ViewBatch
 from data_pipeline.loaders.evaluation import EvalPlan
-from data_pipeline.sampling.draws import BRIGHTNESS, CONTRAST, SATURATION, ViewDraws, draw_views, view_sizes
+from data_pipeline.sampling.draws import BRIGHTNESS, CONTRAST, ViewDraws, draw_views, view_sizes
 from data_pipeline.sampling.order import RankSampler
+
+# an RGB image alone, or an image for each of any other number of channels
+View = tuple[Image.Image, ...]
 
 _TIMEOUT_SECONDS = 120.0
 _PREFIX = f"{DataError.__module__}.{DataError.__qualname__}: "
+
+
+# by operation of the jitter
+_ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def cut_view(image: Image.Image, box: Sequence[int], size: int, flip: bool) -> Image.Image:
@@ -38,53 +46,35 @@ def cut_view(image: Image.Image, box: Sequence[int], size: int, flip: bool) -> I
     return F.hflip(view) if flip else view
 
 
-def change_colours(view: Image.Image, draws: ViewDraws, i: int, v: int, threshold: int) -> Image.Image:
-    """Jitter, grey, blur and solarisation of view v of sample i."""
-    if draws.jitter[i, v]:
-        for operation in draws.order[i, v]:
-            factor = float(draws.factor[i, v, operation])
-            if operation == BRIGHTNESS:
-                view = F.adjust_brightness(view, factor)
-            elif operation == CONTRAST:
-                view = F.adjust_contrast(view, factor)
-            elif operation == SATURATION:
-                view = F.adjust_saturation(view, factor)
-            else:
-                view = F.adjust_hue(view, factor)
-    if draws.grey[i, v]:
-        view = F.to_grayscale(view, num_output_channels=3)
-    if draws.blur[i, v] > 0:
-        view = view.filter(ImageFilter.GaussianBlur(float(draws.blur[i, v])))
-    return F.solarize(view, threshold) if draws.solarize[i, v] else view
-
-
-def change_channels(
-    view: tuple[Image.Image, ...], draws: ViewDraws, i: int, v: int, threshold: int
-) -> tuple[Image.Image, ...]:
-    """The same for a view of other than three channels, each an image: contrast works towards the mean of them all,
-    what is of colours is left out.
+def change_colours(view: View, draws: ViewDraws, i: int, v: int, threshold: int) -> View:
+    """Jitter, grey, blur and solarisation of view v of sample i. Of channels, contrast works towards the mean of them
+    all, and what is of colours is left out.
     """
+    colours = view[0].mode == "RGB"
     if draws.jitter[i, v]:
         for operation in draws.order[i, v]:
             factor = float(draws.factor[i, v, operation])
-            if operation == BRIGHTNESS:
-                view = tuple(F.adjust_brightness(channel, factor) for channel in view)
+            if colours or operation == BRIGHTNESS:
+                view = tuple(_ADJUST[operation](image, factor) for image in view)
             elif operation == CONTRAST:
                 mean = Image.new("L", view[0].size, int(np.mean([np.asarray(channel) for channel in view]) + 0.5))
                 view = tuple(Image.blend(mean, channel, factor) for channel in view)
+    if draws.grey[i, v] and colours:
+        view = tuple(F.to_grayscale(image, num_output_channels=3) for image in view)
     if draws.blur[i, v] > 0:
         blur = ImageFilter.GaussianBlur(float(draws.blur[i, v]))
-        view = tuple(channel.filter(blur) for channel in view)
-    return tuple(F.solarize(channel, threshold) for channel in view) if draws.solarize[i, v] else view
+        view = tuple(image.filter(blur) for image in view)
+    return tuple(F.solarize(image, threshold) for image in view) if draws.solarize[i, v] else view
 
 
-def _channels(pixels: NDArray[np.uint8]) -> tuple[Image.Image, ...]:
+def _images(pixels: NDArray[np.uint8]) -> View:
+    if pixels.shape[2] == 3:
+        return (Image.fromarray(pixels),)
     return tuple(Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2]))
 
 
-def _normalised(view: Image.Image | tuple[Image.Image, ...], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    channels = view if isinstance(view, tuple) else (view,)
-    return F.normalize(torch.cat([F.to_tensor(channel) for channel in channels]), list(mean), list(std))
+def _normalised(view: View, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    return F.normalize(torch.cat([F.to_tensor(image) for image in view]), list(mean), list(std))
 
 
 class _Views(Dataset[tuple[list[Tensor], int, int]]):
@@ -96,19 +86,14 @@ class _Views(Dataset[tuple[list[Tensor], int, int]]):
 
     def __getitem__(self, sample_id: int) -> tuple[list[Tensor], int, int]:
         pixels = self._samples.pixels(sample_id)
-        height, width, count = pixels.shape
+        height, width, _ = pixels.shape
         draws = draw_views(self._views, self._seed, self._epoch, [sample_id], [width], [height])
-        image = Image.fromarray(pixels) if count == 3 else None
-        channels = _channels(pixels) if image is None else ()
+        images = _images(pixels)
         views = []
         for v, size in enumerate(self._sizes):
-            box, flip, threshold = draws.box[0, v].tolist(), bool(draws.flip[0, v]), self._views.solarize_threshold
-            view: Image.Image | tuple[Image.Image, ...]
-            if image is not None:
-                view = change_colours(cut_view(image, box, size, flip), draws, 0, v, threshold)
-            else:
-                cut = tuple(cut_view(channel, box, size, flip) for channel in channels)
-                view = change_channels(cut, draws, 0, v, threshold)
+            box, flip = draws.box[0, v].tolist(), bool(draws.flip[0, v])
+            cut = tuple(cut_view(image, box, size, flip) for image in images)
+            view = change_colours(cut, draws, 0, v, self._views.solarize_threshold)
             views.append(_normalised(view, self._views.mean, self._views.std))
         return views, sample_id, int(self._samples.labels[sample_id])
 
@@ -122,8 +107,7 @@ class _Centres(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, sample_id: int) -> tuple[Tensor, int, int]:
         plan = self._plan
         pixels, size = plan.samples.pixels(sample_id), [plan.crop_px, plan.crop_px]
-        images = (Image.fromarray(pixels),) if pixels.shape[2] == 3 else _channels(pixels)
-        resized = (F.resize(image, [plan.resize_px], F.InterpolationMode.BICUBIC) for image in images)
+        resized = (F.resize(image, [plan.resize_px], F.InterpolationMode.BICUBIC) for image in _images(pixels))
         centre = tuple(F.center_crop(image, size) for image in resized)
         return _normalised(centre, plan.mean, plan.std), sample_id, int(plan.samples.labels[sample_id])
 
@@ -205,13 +189,9 @@ class TorchvisionLoader:
         dataset = _Views(self._samples, self._views, self._sampler.seed, epoch)
         loader = _batches(dataset, batches, data.workers, data.batches_ahead, data.batch_timeout_seconds)
         for views, ids, labels in loader:
-            groups: list[Tensor] = []
-            first = 0
-            for group in self._views.groups:
-                stacked = torch.stack(views[first : first + group.count])
-                groups.append(stacked.to(self._device, self._dtype))
-                first += group.count
-            yield ViewBatch(tuple(groups), ids, labels)
+            left = iter(views)
+            groups = [torch.stack(list(islice(left, group.count))) for group in self._views.groups]
+            yield ViewBatch(tuple(group.to(self._device, self._dtype) for group in groups), ids, labels)
 
     def close(self) -> None:
         """Nothing outlives an epoch."""

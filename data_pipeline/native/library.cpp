@@ -101,8 +101,6 @@ EXPORT void* mokd_engine_create(int threads, const char* wanted_kernels) {
 
 EXPORT void mokd_engine_destroy(void* engine) { delete (Engine*)engine; }
 
-EXPORT const char* mokd_engine_kernels(void* engine) { return ((Engine*)engine)->kernels->name; }
-
 // Reads, decodes once and cuts `cuts` views of each of n samples: sample i goes to out + i * out_stride, view after
 // view. geometry: [n, cuts, 8] float64 (x, y, width, height, clip x, y, width, height); flips: [n, cuts].
 EXPORT void mokd_cut(void* handle, int fd, int64_t n, const uint64_t* offsets, const uint64_t* sizes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -55,7 +56,7 @@ def draw_views(
     centre = np.array([1.0, 1.0, 1.0, 0.0])
     radius_low, radius_high = views.blur_radius_px
     radius = radius_low + (radius_high - radius_low) * uniforms(keys, _RADIUS)
-    blur = chance(_BLUR, _per_view(views, "blur_probability"))
+    blur = chance(_BLUR, _per_view(views, lambda group: group.blur_probability))
     return ViewDraws(
         box=_boxes(views, keys, np.asarray(widths, np.int64), np.asarray(heights, np.int64)),
         flip=chance(_FLIP, views.flip_probability),
@@ -64,7 +65,7 @@ def draw_views(
         factor=(centre + spread * (2.0 * uniforms(keys[..., None], _FACTOR + np.arange(4)) - 1.0)).astype(np.float32),
         grey=chance(_GREY, views.grey_probability),
         blur=np.where(blur, radius, 0.0).astype(np.float32),
-        solarize=chance(_SOLARIZE, _per_view(views, "solarize_probability")),
+        solarize=chance(_SOLARIZE, _per_view(views, lambda group: group.solarize_probability)),
     )
 
 
@@ -73,12 +74,9 @@ def view_sizes(views: ViewsConfig) -> NDArray[np.int32]:
     return np.concatenate([np.full(group.count, group.size_px, np.int32) for group in views.groups])
 
 
-def _per_view(views: ViewsConfig, field: str) -> NDArray[np.float64]:
-    return np.concatenate([_spread(group, getattr(group, field)) for group in views.groups])
-
-
-def _spread(group: CropConfig, values: tuple[float, ...]) -> NDArray[np.float64]:
-    return np.broadcast_to(np.asarray(values, np.float64), (group.count,))
+def _per_view(views: ViewsConfig, value: Callable[[CropConfig], float | tuple[float, ...]]) -> NDArray[np.float64]:
+    """What `value` says of each group, for every view: one number for all of a group, or one for each."""
+    return np.concatenate([np.broadcast_to(np.asarray(value(group), float), (group.count,)) for group in views.groups])
 
 
 def _boxes(
@@ -86,8 +84,8 @@ def _boxes(
 ) -> NDArray[np.int32]:
     """torchvision's RandomResizedCrop: ten attempts at area and (log-uniform) aspect, else the central part."""
     shape = keys.shape
-    low = np.concatenate([_spread(group, group.area_scale[:1]) for group in views.groups])
-    high = np.concatenate([_spread(group, group.area_scale[1:]) for group in views.groups])
+    low = _per_view(views, lambda group: group.area_scale[0])
+    high = _per_view(views, lambda group: group.area_scale[1])
     log_low, log_high = np.log(views.aspect_ratio)
     boxes = np.empty((keys.size, 4), np.int32)
     flat_keys = keys.reshape(-1)

@@ -19,13 +19,12 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.host_memory import Packed, Recycler
-from data_pipeline.core.native_library import KERNEL_TAPS, PHOTOMETRIC, Engine
+from data_pipeline.core.native_library import KERNEL_TAPS, KINDS, PHOTOMETRIC, Engine
 from data_pipeline.sampling.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, view_sizes
 
 MAX_BLUR_RADIUS = 5.0  # what Pillow's three boxes reach with it stays within the taps
 
 _GREY = (0.299, 0.587, 0.114)
-_KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def check_views(views: ViewsConfig) -> None:
@@ -72,24 +71,21 @@ class CpuPhotometrics:
     """The colour changes of a batch on the CPU, by the threads of the native library."""
 
     def __init__(self, views: ViewsConfig, dtype: torch.dtype, engine: Engine) -> None:
-        if dtype not in _KINDS:
-            raise UserError(f"precision: {dtype} views are not made; expected one of {', '.join(_KINDS.values())}")
+        self._kind = str(dtype).removeprefix("torch.")
+        if self._kind not in KINDS:
+            raise UserError(f"precision: {dtype} views are not made; expected one of {', '.join(KINDS)}")
         self._views, self._dtype, self._engine = views, dtype, engine
         self._sizes, self._memory = view_sizes(views), Recycler(keep=4)
 
     def __call__(self, packed: Packed) -> tuple[Tensor, ...]:
         """One `[V_g, B, C, S_g, S_g]` per group of views. Their memory is the caller's until it lets go of them."""
-        views, outs = self._views, []
-        addresses: list[int] = []
-        for group in views.groups:
-            size = group.size_px
-            shape = (group.count, len(packed.crops), views.channels, size, size)
-            out = self._memory.empty(shape, self._dtype)
-            outs.append(out)
-            addresses += [out[v].data_ptr() for v in range(group.count)]
+        views, count = self._views, len(packed.crops)
+        shapes = [(group.count, count, views.channels, group.size_px, group.size_px) for group in views.groups]
+        outs = [self._memory.empty(shape, self._dtype) for shape in shapes]
+        addresses = [view.data_ptr() for out in outs for view in out]
         parameters = packed.parameters.view(PHOTOMETRIC)
         common = (float(views.solarize_threshold), views.mean, views.std)
-        self._engine.photometrics(packed.crops, self._sizes, parameters, *common, addresses, _KINDS[self._dtype])
+        self._engine.photometrics(packed.crops, self._sizes, parameters, *common, addresses, self._kind)
         return tuple(outs)
 
 
@@ -121,12 +117,10 @@ def _change_colours(x: Tensor, views: ViewsConfig, p: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(x.device)[..., None, None, None]
 
     for step in range(4):
-        for operation, change in _CHANGES.items():
-            if operation in (SATURATION, HUE) and not colours:
-                continue
+        for operation in (BRIGHTNESS, CONTRAST, SATURATION, HUE) if colours else (BRIGHTNESS, CONTRAST):
             chosen = (p["jitter"] > 0) & (p["order"][..., step] == operation)
             if chosen.any():
-                x = torch.where(column(chosen), change(x, column(p["factor"][..., operation])), x)
+                x = torch.where(column(chosen), _changed(x, operation, column(p["factor"][..., operation])), x)
     if colours:
         x = torch.where(column(p["grey"] > 0), _grey(x).expand_as(x), x)
     blurred = p["taps"] > 0
@@ -143,20 +137,14 @@ def _grey(x: Tensor) -> Tensor:
     return (x * torch.tensor(_GREY, device=x.device).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
-def _blend(x: Tensor, base: Tensor | float, factor: Tensor) -> Tensor:
+def _changed(x: Tensor, operation: int, factor: Tensor) -> Tensor:
+    """One operation of the jitter: a turn of the hue, or away from or towards black, the mean grey, the grey level."""
+    if operation == HUE:
+        return _hue(x, factor)
+    base: Tensor | float = 0.0 if operation == BRIGHTNESS else _grey(x)
+    if operation == CONTRAST:
+        base = _grey(x).mean(dim=(-2, -1), keepdim=True)
     return (base + factor * (x - base)).clamp(0.0, 255.0)
-
-
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return _blend(x, 0.0, factor)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return _blend(x, _grey(x).mean(dim=(-2, -1), keepdim=True), factor)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return _blend(x, _grey(x), factor)
 
 
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
@@ -172,9 +160,6 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
         return value - chroma * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0)
 
     return torch.stack([channel(5.0), channel(3.0), channel(1.0)], dim=-3)
-
-
-_CHANGES = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
 
 
 def _blur(x: Tensor, kernels: Tensor) -> Tensor:

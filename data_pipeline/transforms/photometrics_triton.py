@@ -18,8 +18,8 @@ from torch import Tensor
 from data_pipeline.config import ViewsConfig
 from data_pipeline.core.native_library import PHOTOMETRIC
 
-_BLOCK = 1024
-_WORDS = PHOTOMETRIC.itemsize // 4
+_BLOCK = tl.constexpr(1024)  # pixels that a program takes at once
+_WORDS = tl.constexpr(PHOTOMETRIC.itemsize // 4)
 
 
 def _word(field: str) -> tl.constexpr:
@@ -42,26 +42,33 @@ def photometrics_triton(
     """
     outs: list[Tensor] = []
     n, row_bytes = crops.shape
-    words = parameters.reshape(n, views.count, 4 * _WORDS)
+    rows = parameters.reshape(n, views.count, PHOTOMETRIC.itemsize)
     scale = [1.0 / (255.0 * std) for std in views.std]
     shift = [-mean / std for mean, std in zip(views.mean, views.std, strict=True)]
     start, first = 0, 0
     for group in views.groups:
         size, count = group.size_px, group.count
         out = torch.empty(count, n, 3, size, size, dtype=dtype, device=crops.device)
-        mine = words[:, first : first + count].contiguous()
+        mine = rows[:, first : first + count].contiguous()
         common = (crops, row_bytes, start, mine.view(torch.int32), mine.view(torch.float32))
-        shape = {"COUNT": count, "SIZE": size, "WORDS": _WORDS, "BLOCK": _BLOCK}
         bases = torch.empty(n * count, device=crops.device)
         columns = torch.empty(n * count, 3, size, size, device=crops.device)
-        tiles = (n * count, triton.cdiv(size * size, _BLOCK))
-        _contrast_bases[(n * count,)](*common, bases, **shape)
-        _blur_along_y[tiles](*common, bases, columns, **shape)
-        last = (bases, columns, out, n, float(views.solarize_threshold), *scale, *shift)
-        _finish[tiles](*common, *last, **shape)
+        tiles = (n * count, triton.cdiv(size * size, _BLOCK.value))
+        _contrast_bases[(n * count,)](*common, bases, count, size)
+        _blur_along_y[tiles](*common, bases, columns, count, size)
+        threshold = float(views.solarize_threshold)
+        _finish[tiles](*common, bases, columns, out, n, threshold, *scale, *shift, count, size)
         outs.append(out)
         start, first = start + count * 3 * size * size, first + count
     return tuple(outs)
+
+
+@triton.jit
+def _own(crops, row_bytes, start, ints, floats, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """What this program works on: its number, the first byte of its view, and the view's parameters."""
+    item = tl.program_id(0).to(tl.int64)
+    view = crops + (item // COUNT) * row_bytes + start + (item % COUNT) * 3 * SIZE * SIZE
+    return item, view, ints + item * _WORDS, floats + item * _WORDS
 
 
 @triton.jit
@@ -130,27 +137,13 @@ def _coloured(view, ints, floats, base, pixel, mask, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _contrast_bases(
-    crops,
-    row_bytes,
-    start,
-    ints,
-    floats,
-    bases,
-    COUNT: tl.constexpr,
-    SIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _contrast_bases(crops, row_bytes, start, ints, floats, bases, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """The mean grey level of each view when its contrast is changed. One program per view: no order of sums to vary."""
-    item = tl.program_id(0).to(tl.int64)
-    view = crops + (item // COUNT) * row_bytes + start + (item % COUNT) * 3 * SIZE * SIZE
-    ints += item * WORDS
-    floats += item * WORDS
+    item, view, ints, floats = _own(crops, row_bytes, start, ints, floats, COUNT, SIZE)
     if tl.load(ints + _JITTER) != 0:
-        total = tl.zeros([BLOCK], tl.float32)
-        for begin in range(0, SIZE * SIZE, BLOCK):
-            pixel = begin + tl.arange(0, BLOCK)
+        total = tl.zeros([_BLOCK], tl.float32)
+        for begin in range(0, SIZE * SIZE, _BLOCK):
+            pixel = begin + tl.arange(0, _BLOCK)
             mask = pixel < SIZE * SIZE
             r, g, b = _load(view, pixel, mask, SIZE)
             before = tl.load(ints + _JITTER)
@@ -164,27 +157,12 @@ def _contrast_bases(
 
 
 @triton.jit
-def _blur_along_y(
-    crops,
-    row_bytes,
-    start,
-    ints,
-    floats,
-    bases,
-    columns,
-    COUNT: tl.constexpr,
-    SIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _blur_along_y(crops, row_bytes, start, ints, floats, bases, columns, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """Colours and the blur along y of the views that are blurred; pixels beyond an edge repeat it."""
-    item = tl.program_id(0).to(tl.int64)
-    view = crops + (item // COUNT) * row_bytes + start + (item % COUNT) * 3 * SIZE * SIZE
-    ints += item * WORDS
-    floats += item * WORDS
+    item, view, ints, floats = _own(crops, row_bytes, start, ints, floats, COUNT, SIZE)
     taps = tl.load(ints + _TAPS)
     if taps > 1:
-        pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        pixel = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
         mask = pixel < SIZE * SIZE
         x, y = pixel % SIZE, pixel // SIZE
         # without jitter nobody has written a base, and nobody looks at it
@@ -241,16 +219,10 @@ def _finish(
     shift_b,
     COUNT: tl.constexpr,
     SIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """The blur along x, or else the colours; then solarise and normalise."""
-    item = tl.program_id(0).to(tl.int64)
-    sample, number = item // COUNT, item % COUNT
-    view = crops + sample * row_bytes + start + number * 3 * SIZE * SIZE
-    ints += item * WORDS
-    floats += item * WORDS
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    item, view, ints, floats = _own(crops, row_bytes, start, ints, floats, COUNT, SIZE)
+    pixel = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
     mask = pixel < SIZE * SIZE
     taps = tl.load(ints + _TAPS)
     if taps > 1:
@@ -261,7 +233,7 @@ def _finish(
     else:
         r, g, b = _coloured(view, ints, floats, tl.load(bases + item), pixel, mask, SIZE)
     solarize = tl.load(ints + _SOLARIZE)
-    to = out + (number * batch + sample) * 3 * SIZE * SIZE + pixel
+    to = out + ((item % COUNT) * batch + item // COUNT) * 3 * SIZE * SIZE + pixel
     _store(to, r, solarize, threshold, scale_r, shift_r, mask)
     _store(to + SIZE * SIZE, g, solarize, threshold, scale_g, shift_g, mask)
     _store(to + 2 * SIZE * SIZE, b, solarize, threshold, scale_b, shift_b, mask)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.console import messages, print_json
-from launcher.cli.jobs import AsJson, find_run
+from launcher.cli.console import AsJson, print_json, say
+from launcher.cli.jobs import find_run
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +68,7 @@ def analyze(
     for written in start(request):
         if written.left_out is not None:
             left_out[written.part] = written.left_out
-            messages.print(f"{written.part}: left out, it {written.left_out}", markup=False)
+            say(f"{written.part}: left out, it {written.left_out}")
             continue
         findings.append({"part": written.part, "alt": written.alt, "files": [str(path) for path in written.files]})
         if not as_json:

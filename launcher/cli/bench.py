@@ -13,7 +13,7 @@ import typer
 
 from data_pipeline.core.errors import UserError
 from launcher.cli.compare import show
-from launcher.cli.console import find_config, messages, print_json, print_table
+from launcher.cli.console import AsJson, Root, find_config, print_json, print_table, say
 from mokd.config import RunConfig, load_config
 from mokd.runs.exit_codes import EXIT_STOPPED
 
@@ -26,7 +26,6 @@ StepConfig = Annotated[str, typer.Argument(help="configuration; default: a small
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 Quick = Annotated[bool, typer.Option("--quick", help="one short round: does it run?")]
 Record = Annotated[bool, typer.Option("--record", help="keep the figures in benchmarks/results/")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 bench = typer.Typer(
     help="Measure this machine: loaders, conversion, the step, its memory, saving, resuming.",
@@ -48,10 +47,15 @@ def benchmark_module(name: str) -> Any:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-def _record(name: str, result: dict[str, Any]) -> None:
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+def _answered(name: str, result: dict[str, Any], record: bool, as_json: bool) -> bool:
+    """Keeps the figures, or prints them as JSON, where that is asked for; whether they are printed."""
+    if record:
+        folder = ROOT / "benchmarks" / "results"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print_json(result)
+    return as_json
 
 
 @bench.command(epilog="Example: mokd bench data --images imagenet/val --json")
@@ -66,12 +70,10 @@ def data(
         raise UserError(f"{images}: no such folder; choose the pictures with --images FOLDER")
     benchmark = benchmark_module("data")
     effort = benchmark.QUICK if quick else benchmark.Effort()
-    result = benchmark.run(images, effort, lambda line: messages.print(line, markup=False))
+    result = benchmark.run(images, effort, say)
     if record:
-        _record("data", result)
         benchmark_module("data_plot").plot(result, ROOT / "benchmarks" / "data.png")
-    if as_json:
-        print_json(result)
+    if _answered("data", result, record, as_json):
         return
     rates = [[name, f"{rate:,.0f}"] for name, rate in result["images_per_second"].items()]
     print_table("images per second", ["contender", "median"], rates)
@@ -96,11 +98,8 @@ def resume(
     check(run_config, 1)
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    result = benchmark_module("resume").run(run_config, folder, lambda line: messages.print(line, markup=False))
-    if record:
-        _record("resume", result)
-    if as_json:
-        print_json(result)
+    result = benchmark_module("resume").run(run_config, folder, say)
+    if _answered("resume", result, record, as_json):
         return
     rows = [[f"save, {name}", f"{seconds:.3f} s"] for name, seconds in result["save_stall_seconds"].items()]
     rows.append(["resumed, first step", f"{result['first_step_seconds']:.1f} s"])
@@ -126,10 +125,7 @@ def step(
     """
     benchmark = benchmark_module("step")
     result = _measure(benchmark, config, overrides, quick)
-    if record:
-        _record("step", result)
-    if as_json:
-        print_json(result)
+    if _answered("step", result, record, as_json):
         return
     about = result["config"]
     title = f"{' + '.join(about['branches'])}, {about['views']} px, K = {about['prototypes']}, batch {about['batch']}"
@@ -152,10 +148,7 @@ def scaling(
     optim.global_batch is the batch of one rank.
     """
     result = _measure(benchmark_module("scaling"), config, overrides, quick)
-    if record:
-        _record("scaling", result)
-    if as_json:
-        print_json(result)
+    if _answered("scaling", result, record, as_json):
         return
     rows = [[n, f"{rate:,.2f}", f"{result['efficiency'][n]:.2f}"] for n, rate in result["images_per_second"].items()]
     print_table("measured", ["ranks", "images per second", "efficiency"], rows)
@@ -175,11 +168,8 @@ def memory(
     """The largest batch per GPU (or process, on CPUs) that fits, found by trying ever larger ones."""
     given = _configuration(config, overrides)
     limit_mb = None if limit_gb is None else limit_gb * 1024
-    result = benchmark_module("memory").run(given, limit_mb, lambda line: messages.print(line, markup=False))
-    if record:
-        _record("memory", result)
-    if as_json:
-        print_json(result)
+    result = benchmark_module("memory").run(given, limit_mb, say)
+    if _answered("memory", result, record, as_json):
         return
     print(f"largest batch {result['largest_batch']}: {result['peak_mb']:,.0f} of {result['limit_mb']:,.0f} MB")
 
@@ -201,7 +191,7 @@ def gain(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; repeatable")] = None,
     task: Annotated[list[str] | None, typer.Option(help="evaluation; repeatable; default: knn and linear")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
-    root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
+    root: Root = Path("runs"),
     record: Annotated[bool, typer.Option("--record", help="keep figures and plots in benchmarks/results/")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -214,25 +204,20 @@ def gain(
     configs = [load_config(find_config(name), overrides or []) for name in config or ["cifar10_cpu.yaml"]]
     benchmark = benchmark_module("gain")
     try:
-        result = benchmark.run(
-            configs, numbers, task or ["knn", "linear"], root, nproc, lambda line: messages.print(line, markup=False)
-        )
+        result = benchmark.run(configs, numbers, task or ["knn", "linear"], root, nproc, say)
     except benchmark.Stopped:
-        messages.print("stopped at a step boundary; the same command goes on there")
+        say("stopped at a step boundary; the same command goes on there")
         raise typer.Exit(EXIT_STOPPED) from None
-    if record:
-        name = f"gain-{'+'.join(given.name for given in configs)}"
-        _record(name, result.document)
-        for kind, comparison in result.comparisons.items():
+    name = f"gain-{'+'.join(given.name for given in configs)}"
+    answered = _answered(name, result.document, record, as_json)
+    for kind, comparison in result.comparisons.items():
+        if record:
             plot(comparison, ROOT / "benchmarks" / "results" / f"{name}-{kind}.png")
-    if as_json:
-        print_json(result.document)
-        return
-    for comparison in result.comparisons.values():
-        show(comparison)
+        if not answered:
+            show(comparison)
 
 
 def _measure(benchmark: Any, config: str, overrides: list[str] | None, quick: bool) -> dict[str, Any]:
     step = benchmark_module("step")
     given = _configuration(config, overrides)
-    return benchmark.run(given, step.QUICK if quick else step.Effort(), lambda line: messages.print(line, markup=False))
+    return benchmark.run(given, step.QUICK if quick else step.Effort(), say)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.core.errors import UserError
-from launcher.cli.console import messages, print_json, print_table
+from launcher.cli.console import AsJson, print_json, print_table, say
 from launcher.cli.jobs import find_run
 from launcher.report.gains import COLUMNS, rows_of
 
@@ -38,7 +38,7 @@ def compare(
         bool, typer.Option("--force", help="compare runs that differ in more than their branches")
     ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw accuracies and k-NN curves")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what every branch has gained over training alone, with 95% intervals.
 
@@ -52,7 +52,7 @@ def compare(
     opened = [Run.open(find_run(run)) for run in runs]
     comparison = compare_runs(opened, task=task, network=network, at=at, force=force)
     for remark in comparison.remarks:
-        messages.print(f"warning: {remark}", markup=False)
+        say(f"warning: {remark}")
     if plot is not None:
         from mokd.comparison.plots import plot as draw
 

@@ -1,19 +1,29 @@
-"""What commands share: finding a configuration, exit codes, JSON and tables."""
+"""What commands share: options, finding a configuration, JSON and tables."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.core.errors import UserError
 
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
+Root = Annotated[Path, typer.Option(help="folder of the run directories")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+
 # everything that is not the answer itself goes to stderr
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """A line on stderr, as it is."""
+    messages.print(line, markup=False)
 
 
 def find_config(name: str) -> Path:

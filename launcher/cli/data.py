@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli.console import messages, print_json
+from launcher.cli.console import AsJson, print_json, say
 from mokd.runs.progress import WorkProgress, duration
 
 
@@ -39,7 +39,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing beton")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue where the same conversion was killed")] = False,
     workers: Annotated[int | None, typer.Option(help="default: the cores of this process")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert images to one beton: SOURCE [SOURCE ...] OUTPUT."""
     from data_pipeline.beton.convert import ConvertOptions
@@ -72,9 +72,9 @@ def convert(
         print_json(asdict(report))
         return
     for skipped in report.skipped:
-        messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False)
+        say(f"skipped {skipped.path}: {skipped.reason}")
     for line in about_classes(report.classes, report.unlabelled):
-        messages.print(line, markup=False)
+        say(line)
     rate = report.written / max(report.seconds, 1e-9)
     print(
         f"{report.output}: {report.written} images, {len(report.skipped)} skipped, {report.bytes / 1e6:.1f} MB, "
@@ -91,10 +91,10 @@ def _show_statistics(sources: Sequence[Path], options: Any, as_json: bool) -> No
         print_json(asdict(found))
         return
     for skipped in found.skipped:
-        messages.print(f"skipped {skipped.path}: {skipped.reason}", markup=False)
+        say(f"skipped {skipped.path}: {skipped.reason}")
     print(f"views.mean=[{', '.join(f'{value:.4f}' for value in found.mean)}]")
     print(f"views.std=[{', '.join(f'{value:.4f}' for value in found.std)}]")
-    messages.print(f"of {found.images} images, {len(found.skipped)} skipped", markup=False)
+    say(f"of {found.images} images, {len(found.skipped)} skipped")
 
 
 def about_classes(classes: Sequence[str], unlabelled: int) -> list[str]:
@@ -117,7 +117,7 @@ def _announce(forecast: Any) -> None:
         f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
         for size in (forecast.bytes, forecast.free_bytes)
     )
-    messages.print(
+    say(
         f"convert: {forecast.images} images, about {size} and {duration(forecast.seconds)} with {forecast.workers} "
         f"workers; the disk has {free} left"
     )
@@ -125,7 +125,7 @@ def _announce(forecast: Any) -> None:
 
 def verify(
     beton: Annotated[Path, typer.Argument(help="the beton to check")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read every sample of a beton and compare it with its checksum."""
     from data_pipeline.beton.verify import verify as run

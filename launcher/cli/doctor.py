@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.cli.console import find_config, messages, print_json
+from launcher.cli.console import AsJson, Root, find_config, print_json, say
 from launcher.config import ClusterConfig
+from launcher.doctor.finding import Surroundings
 from mokd.config import RunConfig, load_config
 
 if TYPE_CHECKING:
     from launcher.doctor.examination import Report
-    from launcher.doctor.finding import Surroundings
 
 UNHEALTHY = 2
 
@@ -27,15 +28,14 @@ def register(app: typer.Typer) -> None:
 def doctor(
     config: Annotated[str | None, typer.Argument(help="a configuration, to look at its data and device too")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
-    root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    root: Root = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """Look for what would keep a run from working on this machine, and say how to mend it.
 
     Exit status: 0 when nothing stands in the way (there may be warnings), 2 when there is a problem.
     """
     from launcher.doctor.examination import examine
-    from launcher.doctor.finding import Surroundings
 
     here = surroundings(load_config(find_config(config), overrides or []), root) if config else Surroundings(runs=root)
     report = examine(here)
@@ -48,8 +48,6 @@ def doctor(
 
 def surroundings(config: RunConfig, root: Path) -> Surroundings:
     """Where the doctor looks for a run of this configuration."""
-    from launcher.doctor.finding import Surroundings
-
     paths = (config.data.train, config.evaluation.train, config.evaluation.test)
     data = tuple(dict.fromkeys(path.absolute() for path in paths if path is not None))
     return Surroundings(runs=root.absolute(), data=data, device=config.parallel.device, backend=config.data.backend)
@@ -60,7 +58,7 @@ def check_nodes(config: RunConfig, cluster: ClusterConfig, root: Path, *, as_jso
     from launcher.doctor.allocation import examine_allocation
     from launcher.preflight.resources import describe
 
-    messages.print(describe(config, cluster), markup=False, soft_wrap=True)
+    say(describe(config, cluster))
     reports = examine_allocation(cluster, surroundings(config, root))
     healthy = all(report.healthy for report in reports)
     if as_json:
@@ -73,10 +71,12 @@ def check_nodes(config: RunConfig, cluster: ClusterConfig, root: Path, *, as_jso
 def _show(reports: Sequence[Report], every: bool) -> None:
     """Each node's findings; of several nodes only what is not well."""
     for report in reports:
-        counts = [sum(f.level == level for f in report.findings) for level in ("ok", "warning", "problem")]
-        print(f"{report.node}: {counts[0]} ok, {counts[1]} with a warning, {counts[2]} with a problem")
-        for finding in report.findings:
+        counts = Counter(finding.level for finding in report.findings.values())
+        print(
+            f"{report.node}: {counts['ok']} ok, {counts['warning']} with a warning, {counts['problem']} with a problem"
+        )
+        for check, finding in report.findings.items():
             if every or finding.level != "ok":
-                print(f"  {finding.level:8} {finding.check}: {finding.message}")
+                print(f"  {finding.level:8} {check}: {finding.message}")
                 if finding.mend:
                     print(f"           mend with: {finding.mend}")

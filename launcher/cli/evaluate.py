@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli.console import messages, print_json, print_table
+from launcher.cli.console import AsJson, print_json, print_table, say
 
 # what a record says beside these is a setting of its task
 _COMMON = ("branch", "network", "task", "step", "top1", "top5", "predictions", "headline")
@@ -31,7 +31,7 @@ def evaluate(
     backbone: Annotated[str | None, typer.Option(help="timm name of the network that a file is of")] = None,
     stem: Annotated[str, typer.Option(help="default, cifar or cifar_stride2, for a file")] = "default",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate every branch of a run at its newest checkpoint, or the weights in a file.
 
@@ -67,13 +67,13 @@ def evaluate(
     columns = ["branch", *settings, "top1", "top5", "headline"]
     rows = []
     for record in records:
+        about = [str(record.get(key, "")) for key in settings]
         numbers = [f"{record[key]:.2f}" for key in ("top1", "top5")]
-        rows.append([record["branch"], *(str(record.get(key, "")) for key in settings), *numbers])
-        rows[-1].append("*" if record["headline"] else "")
+        rows.append([record["branch"], *about, *numbers, "*" if record["headline"] else ""])
     title = f"{task} of {evaluation.network} at step {evaluation.step}, {evaluation.images} images, accuracy in %"
     print_table(title, columns, rows)
     for line in open_ended(records):
-        messages.print(line, markup=False)
+        say(line)
 
 
 def open_ended(records: list[dict[str, Any]]) -> list[str]:

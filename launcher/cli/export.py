@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.console import print_json
+from launcher.cli.console import AsJson, print_json
 from launcher.cli.jobs import open_run
 
 
@@ -24,7 +24,7 @@ def export(
     network: Annotated[str, typer.Option(help="teacher or student")] = "teacher",
     out: Annotated[Path | None, typer.Option(help="folder; default: RUN/export/BRANCH-NETWORK-FORMAT")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write networks of a run as files that load without this project; each is read back and compared.
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from data_pipeline.core.errors import UserError
-from launcher.cli.console import find_config, messages
-from launcher.cli.train import Overrides, show_progress
+from launcher.cli.console import Overrides, Root, find_config, say
+from launcher.cli.train import show_progress
 from mokd.config import load_config
 
 
@@ -24,7 +24,7 @@ def demo(
     overrides: Overrides = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="your images; default: some are drawn")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 2,
-    root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
+    root: Root = Path("runs"),
     data_only: Annotated[bool, typer.Option("--data-only", help="make images and betons, train nothing")] = False,
 ) -> None:
     """Train a small ResNet and a small vision transformer together, in minutes on two cores, and show how it went.
@@ -39,18 +39,18 @@ def demo(
 
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    settings = prepare(data, nproc, lambda text: messages.print(text, markup=False))
+    settings = prepare(data, nproc, say)
     if data_only:
         return
     config = load_config(find_config("demo.yaml"), [*settings, *(overrides or [])])
     run, status = train(config, root, resume=True, nproc=nproc)
     if status == 0:
-        show_progress(run.path, config)
+        show_progress(run, config)
         report = run.path / "report.html"
         replace_bytes(report, build_report([run]).encode())
         print(f"report       {report}\nnext         mokd init, for a configuration of your own")
     elif status == EXIT_STOPPED:
-        messages.print("stopped at a step boundary; the same command continues there")
+        say("stopped at a step boundary; the same command continues there")
     raise typer.Exit(status)
 
 
@@ -77,7 +77,7 @@ def init(
     proposed = first.fitting_pair(found, machine)
     if pair is None and asks:
         for known, (_, when) in first.PAIRS.items():
-            messages.print(f"  {known:20} {when}")
+            say(f"  {known:20} {when}")
         pair = typer.prompt("Pair", default=proposed)
     configs = find_config("demo.yaml").parent
     chosen, called = pair or proposed, name or file.stem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from data_pipeline.core.errors import UserError
 from launcher.cli.cluster_options import Flags, with_cluster_options
-from launcher.cli.console import find_config, messages, print_json, print_table
+from launcher.cli.console import AsJson, Overrides, Root, find_config, print_json, print_table, say
 from launcher.cli.train import Solo
 from launcher.config import ClusterConfig, load_cluster
 from launcher.runs.goodput import goodput
@@ -22,11 +23,9 @@ from mokd.runs.progress import duration
 from mokd.runs.run_directory import RunDirectory
 
 SHOWN_ALARMS = 5  # the newest; alarms.jsonl has all
+COLUMNS = ["run", "state", "step", "epoch", "images/s", "ETA", "restarts", "checkpoint", "nodes"]
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Run = Annotated[Path, typer.Argument(help="a run directory, or its name in runs/")]
-Root = Annotated[Path, typer.Option(help="folder of the run directories")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the batch script, submit nothing")]
 Local = Annotated[bool, typer.Option("--local", help="run the same job on this machine")]
 
@@ -60,7 +59,7 @@ def launch(
     from launcher.preflight.checks import examine
     from launcher.preflight.resources import settle
     from launcher.runs import sweep as sweeps
-    from launcher.slurm import container
+    from launcher.slurm import container, submit
 
     path = find_config(config)
     resolved = load_run_config(path, overrides or [], solo)
@@ -68,7 +67,7 @@ def launch(
     if not local:
         cluster = settle(cluster, resolved.parallel.device)
     if check:
-        _need_slurm(local=False)
+        submit.need_slurm()
         raise typer.Exit(check_nodes(resolved, cluster, root, as_json=as_json))
     _show_findings(examine(resolved, cluster, root))
     if sweep:
@@ -77,51 +76,36 @@ def launch(
             load_run_config(path, [*(overrides or []), *point.overrides, f"name={name}-{point.suffix}"], solo)
             for point in sweeps.points(sweep)
         ]
-        _launch_sweep(configs, cluster, root, name, dry_run=dry_run, local=local, as_json=as_json)
+        if local:
+            raise UserError("--sweep needs SLURM's job arrays; leave out --local")
+        _launch_sweep(configs, cluster, root, name, dry_run=dry_run, as_json=as_json)
+    elif dry_run:
+        run = RunDirectory(submit.runnable_path(root / resolved.name))
+        _show_plan(submit.run_script(run, resolved, cluster, 1), run.path, cluster, local, as_json)
     else:
-        _launch_one(resolved, cluster, root, dry_run=dry_run, local=local, as_json=as_json)
-
-
-def _launch_one(
-    config: RunConfig, cluster: ClusterConfig, root: Path, *, dry_run: bool, local: bool, as_json: bool
-) -> None:
-    from launcher.slurm import submit
-
-    if dry_run:
-        run = RunDirectory(submit.runnable_path(root / config.name))
-        _show_plan(submit.run_script(run, config, cluster, 1), run.path, cluster, local, as_json)
-        return
-    _need_slurm(local)
-    with submit.taken_back(root / config.name):
-        run = submit.create_run(config, root)
-        submitted = submit.submit_local(run, cluster) if local else submit.submit(run, cluster)
-    _tell(submitted, as_json)
+        if not local:
+            submit.need_slurm()
+        with submit.taken_back(root / resolved.name):
+            run = submit.create_run(resolved, root)
+            submitted = submit.submit_local(run, cluster) if local else submit.submit(run, cluster)
+        _tell(submitted, as_json)
 
 
 def _launch_sweep(
-    configs: list[RunConfig],
-    cluster: ClusterConfig,
-    root: Path,
-    name: str,
-    *,
-    dry_run: bool,
-    local: bool,
-    as_json: bool,
+    configs: list[RunConfig], cluster: ClusterConfig, root: Path, name: str, *, dry_run: bool, as_json: bool
 ) -> None:
     from launcher.slurm import submit
     from mokd.weights import initial
 
-    if local:
-        raise UserError("--sweep needs SLURM's job arrays; leave out --local")
     for config in configs:  # each may start from other weights: all of them are looked at before the first run is made
         initial.check(config)
     folder = submit.runnable_path(root / f"{name}.sweep")
     if dry_run:
         for config in configs:
             print(f"# {config.name}", file=sys.stderr)
-        _show_plan(submit.array_script(folder, configs, cluster, name), folder, cluster, local, as_json, len(configs))
+        _show_plan(submit.array_script(folder, configs, cluster, name), folder, cluster, False, as_json, len(configs))
         return
-    _need_slurm(local)
+    submit.need_slurm()
     if folder.exists():
         raise UserError(f"{folder}: this sweep exists already; set another name=...")
     with submit.taken_back(folder, *(root / config.name for config in configs)):
@@ -166,13 +150,14 @@ def resume(
         number = (last.number if last else 0) + 1
         _show_plan(submit.run_script(directory, config, cluster, number), directory.path, cluster, local, as_json)
         return
-    _need_slurm(local)
+    if not local:
+        submit.need_slurm()
     if restart:
         from mokd.checkpointing import choose
         from mokd.weights import initial
 
         submit.wait_for_the_last(directory)
-        messages.print(f"what there was is in {choose.restart(directory)}", markup=False)
+        say(f"what there was is in {choose.restart(directory)}")
         initial.create_run(directory.path, config)
     elif overrides or from_step is not None:
         from mokd.training.start import change
@@ -193,7 +178,7 @@ def status(
         directory = open_run(run, root)
         found, account = read_status(directory), goodput(directory)
         if as_json:
-            print_json({**found.to_json(), "goodput": account.to_json()})
+            print_json({**asdict(found), "goodput": account.to_json()})
         else:
             _print_one(found)
             if account.attempts:
@@ -201,10 +186,9 @@ def status(
         return
     every = [read_status(directory) for directory in find_runs(root)]
     if as_json:
-        print_json({"runs": [found.to_json() for found in every]})
+        print_json({"runs": [asdict(found) for found in every]})
         return
-    columns = ["run", "state", "step", "epoch", "images/s", "ETA", "restarts", "checkpoint", "nodes"]
-    print_table(f"runs in {root}", columns, [_row(found) for found in every])
+    print_table(f"runs in {root}", COLUMNS, [_row(found) for found in every])
 
 
 def logs(
@@ -251,19 +235,9 @@ def open_run(run: Path, root: Path = Path("runs")) -> RunDirectory:
 
 
 def _show_findings(findings: Any) -> None:
-    messages.print(
-        "; ".join(f"{name}: {value}" for name, value in findings.facts.items()), markup=False, soft_wrap=True
-    )
+    say("; ".join(f"{name}: {value}" for name, value in findings.facts.items()))
     for warning in findings.warnings:
-        messages.print(f"warning: {warning}", markup=False)
-
-
-def _need_slurm(local: bool) -> None:
-    from launcher.slurm import client
-    from launcher.slurm.submit import NO_SLURM
-
-    if not local and not client.available():
-        raise UserError(NO_SLURM)
+        say(f"warning: {warning}")
 
 
 def _show_plan(
@@ -275,7 +249,7 @@ def _show_plan(
     text = describe_local(cluster, path) if local else script.text(runs)
     refusal = None if local else ask_sbatch(script, runs)
     if refusal:
-        messages.print(f"warning: sbatch would refuse this: {refusal}", markup=False)
+        say(f"warning: sbatch would refuse this: {refusal}")
     if as_json:
         print_json({"run": str(path), "script": text, "refusal": refusal})
     else:
@@ -291,6 +265,7 @@ def _tell(submitted: Any, as_json: bool) -> None:
 
 
 def _row(found: RunStatus) -> list[str]:
+    """As COLUMNS."""
     steps = f"{found.step}/{found.total_steps}" if found.total_steps else str(found.step)
     age = found.checkpoint_age_seconds
     return [
@@ -307,8 +282,7 @@ def _row(found: RunStatus) -> list[str]:
 
 
 def _print_one(found: RunStatus) -> None:
-    columns = ["run", "state", "step", "epoch", "images/s", "ETA", "restarts", "checkpoint", "nodes"]
-    rows = [[name, value] for name, value in zip(columns, _row(found), strict=True)]
+    rows = [[name, value] for name, value in zip(COLUMNS, _row(found), strict=True)]
     rows += [["job", found.job_id or "-"], ["attempt", str(found.attempt)], ["reason", found.reason or "-"]]
     if found.phase and found.phase_seconds is not None:
         rows.append(["phase", f"{found.phase}, for {duration(found.phase_seconds)}"])

@@ -9,20 +9,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.core.errors import DataError, UserError
-from launcher.cli import (
-    analyze,
-    bench,
-    compare,
-    data,
-    doctor,
-    evaluate,
-    export,
-    first_steps,
-    jobs,
-    report,
-    site,
-    train,
-)
+from launcher.cli import analyze, bench, compare, data, doctor, evaluate, export, first_steps, jobs, report, site, train
 from launcher.cli.console import messages
 from launcher.slurm.client import SchedulerError
 from mokd import __version__
@@ -34,18 +21,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-first_steps.register(app)
-data.register(app)
-train.register(app)
-evaluate.register(app)
-jobs.register(app)
-compare.register(app)
-analyze.register(app)
-export.register(app)
-report.register(app)
-bench.register(app)
-doctor.register(app)
-site.register(app)
+# in the order in which the help lists them
+for commands in (first_steps, data, train, evaluate, jobs, compare, analyze, export, report, bench, doctor, site):
+    commands.register(app)
 
 
 USUAL_WAY = (

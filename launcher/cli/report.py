@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_pipeline.core.errors import UserError
-from launcher.cli.console import find_config, print_json, print_table
-from launcher.cli.jobs import AsJson, find_run, open_run
+from launcher.cli.console import AsJson, find_config, print_json, print_table
+from launcher.cli.jobs import find_run, open_run
 from launcher.report.build import build_report
 from launcher.report.summary import COLUMNS, SORT_KEYS, index_page, list_runs
 from mokd.config import load_config
@@ -56,7 +57,7 @@ def runs(
     if html:
         _write(html, index_page(lines, root, html.absolute().parent).encode())
     if as_json:
-        print_json({"runs": [line.to_json() for line in lines]})
+        print_json({"runs": [asdict(line) for line in lines]})
     elif html:
         print(html)
     else:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 import yaml
 
 from data_pipeline.core.errors import UserError
-from launcher.cli.console import print_json
-from launcher.config import DEFAULT_SITE, site_file, site_names
+from launcher.cli.console import AsJson, print_json
+from launcher.config import DEFAULT_SITE, load_cluster, site_file, site_names
 
 app = typer.Typer(help="Profiles of clusters in ~/.config/mokd/sites/.", no_args_is_help=True)
 
@@ -37,14 +36,13 @@ def init(
         raise UserError(f"{path}: this profile exists already; replace it with --force")
     profile = propose_site(partition)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = (
-        f"# Written by `mokd site init` from what SLURM says of partition {profile['partition']}; see docs/slurm.md.\n"
-    )
-    replace_text(path, head + yaml.safe_dump(profile, sort_keys=False), durable=True)
-    print(f"{path}\n{yaml.safe_dump(profile, sort_keys=False)}", end="")
+    asked = f"what SLURM says of partition {profile['partition']}"
+    text = yaml.safe_dump(profile, sort_keys=False)
+    replace_text(path, f"# Written by `mokd site init` from {asked}; see docs/slurm.md.\n{text}", durable=True)
+    print(f"{path}\n{text}", end="")
 
 
-def list_(as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False) -> None:
+def list_(as_json: AsJson = False) -> None:
     """The profiles there are."""
     if as_json:
         print_json({"sites": {name: str(site_file(name)) for name in site_names()}})
@@ -55,7 +53,5 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="one JSON object 
 
 def show(name: Annotated[str, typer.Argument(help="a profile")] = DEFAULT_SITE) -> None:
     """A profile as it stands in its file, once it is found valid."""
-    from launcher.config import load_cluster
-
     load_cluster({}, {"site": name}, "mokd site show")
-    print(Path(site_file(name)).read_text(encoding="utf-8"), end="")
+    print(site_file(name).read_text(encoding="utf-8"), end="")

@@ -9,13 +9,12 @@ import typer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.schema import dump_yaml
-from launcher.cli.console import find_config, messages, print_json, print_table
+from launcher.cli.console import AsJson, Overrides, Root, find_config, print_json, print_table, say
 from launcher.config import load_cluster
 from mokd.comparison.solo import load_run_config
 from mokd.config import RunConfig, load_config
+from mokd.runs.run_directory import RunDirectory
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, for example optim.epochs=5")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Solo = Annotated[
     str | None, typer.Option(metavar="BRANCH", help="train this branch alone, everything else equal: its baseline")
 ]
@@ -80,7 +79,7 @@ def train(
     nproc: Annotated[int, typer.Option(min=1, help="ranks to start on this machine")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run if it exists")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="begin at step 0; what the run has is kept aside")] = False,
-    root: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
+    root: Root = Path("runs"),
 ) -> None:
     """Train on this machine. Stops at a step boundary on Ctrl-C or SIGTERM; --resume continues there.
 
@@ -95,21 +94,19 @@ def train(
     if not first_of_ranks():
         raise typer.Exit(status)
     if status == 0:
-        show_progress(run.path, resolved)
+        show_progress(run, resolved)
         print(f"evaluate     mokd eval {run.path} --task knn\nlook         mokd report {run.path}")
     elif status == EXIT_STOPPED:
-        messages.print("stopped at a step boundary; the same command with --resume continues there")
+        say("stopped at a step boundary; the same command with --resume continues there")
     raise typer.Exit(status)
 
 
-def show_progress(path: Path, config: RunConfig) -> None:
+def show_progress(run: RunDirectory, config: RunConfig) -> None:
     """How far each branch has come since step 0, the speed, and where to look."""
     from statistics import median
 
     from mokd.runs.metrics import read_metrics
-    from mokd.runs.run_directory import RunDirectory
 
-    run = RunDirectory(path)
     records = read_metrics(run.metrics_file)
     speeds = [r["images_per_second"] for r in records if r.get("images_per_second")]
     speed = f"{median(speeds):.1f}" if speeds else "-"
@@ -119,6 +116,6 @@ def show_progress(path: Path, config: RunConfig) -> None:
         values = [f"{r[f'eval/{branch.name}/knn_top1']:.1f}" for r in curve]
         rows.append([branch.name, values[0] if values else "-", values[-1] if values else "-", speed])
     columns = ["branch", "k-NN % before training", "k-NN % after", "images/s"]
-    print_table(f"{path}: {records[-1]['step'] if records else 0} steps", columns, rows)
+    print_table(f"{run.path}: {records[-1]['step'] if records else 0} steps", columns, rows)
     print(f"curves       {run.metrics_file}\n             tensorboard --logdir {run.tensorboard}")
     print(f"checkpoint   {run.checkpoints}")

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
@@ -82,8 +83,6 @@ def read_reports(text: str) -> list[Report]:
         # what a site's setup prints comes before
         body = "\n".join(task)
         begin = body.find('{\n"node"')
-        try:
+        with suppress(ValueError):
             reports.append(Report.from_json(json.loads(body[begin:])))
-        except ValueError:
-            continue
     return reports

@@ -38,36 +38,37 @@ OUTSIDE = (scheduler.slurm, scheduler.munge)
 
 @dataclass(frozen=True)
 class Report:
-    """What was found on one node."""
+    """What was found on one node, by the name of the check."""
 
     node: str
-    findings: tuple[Finding, ...]
+    findings: dict[str, Finding]
 
     @property
     def healthy(self) -> bool:
         """Whether nothing stands in the way of a run."""
-        return not any(finding.level == "problem" for finding in self.findings)
+        return not any(finding.level == "problem" for finding in self.findings.values())
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON holds it."""
-        return {"node": self.node, "ok": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
+        findings = [{"check": name, **asdict(finding)} for name, finding in self.findings.items()]
+        return {"node": self.node, "ok": self.healthy, "findings": findings}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Report:
         """The report that `to_json` wrote."""
-        return cls(record["node"], tuple(Finding(**finding) for finding in record["findings"]))
+        return cls(record["node"], {finding.pop("check"): Finding(**finding) for finding in record["findings"]})
 
 
 def examine(here: Surroundings, checks: Sequence[Callable[[Surroundings], Finding]] = CHECKS) -> Report:
     """Asks every check. One that breaks is a problem itself, and keeps no other from being asked."""
-    findings = []
+    findings = {}
     for check in checks:
+        name = check.__name__.replace("_", " ")
         try:
-            findings.append(check(here))
+            findings[name] = check(here)
         except Exception as error:
-            name = check.__name__.replace("_", " ")
-            findings.append(Finding(name, "problem", f"the check itself failed: {type(error).__name__}: {error}"))
-    return Report(os.environ.get("SLURMD_NODENAME") or socket.gethostname(), tuple(findings))
+            findings[name] = Finding("problem", f"the check itself failed: {type(error).__name__}: {error}")
+    return Report(os.environ.get("SLURMD_NODENAME") or socket.gethostname(), findings)
 
 
 def arguments(here: Surroundings) -> list[str]:

@@ -15,17 +15,11 @@ Level = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer; `mend` is the command or the line of a site profile that mends it."""
+    """What a check answers; `mend` is the command or the line of a site profile that mends it."""
 
-    check: str
     level: Level
     message: str
     mend: str | None = None
-
-
-def ok(check: str, message: str) -> Finding:
-    """Nothing to mend."""
-    return Finding(check, "ok", message)
 
 
 @dataclass(frozen=True)

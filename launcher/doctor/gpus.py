@@ -6,7 +6,7 @@ import re
 import socket
 from pathlib import Path
 
-from launcher.doctor.finding import Finding, Surroundings, last_line, ok
+from launcher.doctor.finding import Finding, Surroundings, last_line
 
 # in a fresh interpreter: what CUDA is like depends on its first use, and the environment is the one asked about
 _PROBE = """
@@ -24,18 +24,18 @@ def gpus(here: Surroundings) -> Finding:
     """The driver fits torch, and as many GPUs are visible as were promised."""
     done = here.python(_PROBE.replace("ROOT", repr(str(here.root))))
     if done.returncode:
-        return Finding("gpus", "problem", f"cannot be looked for: {last_line(done.stderr)}", "make setup")
+        return Finding("problem", f"cannot be looked for: {last_line(done.stderr)}", "make setup")
     kind, _, text = done.stdout.strip().splitlines()[-1].partition(" ")
     if kind == "none":
         if not here.wants_gpus:
-            return ok("gpus", f"none, and none are promised ({text})")
+            return Finding("ok", f"none, and none are promised ({text})")
         promised = f"{here.promised} promised, none usable" if here.promised else "none usable"
-        return Finding("gpus", "problem", f"{promised}: {text}", _mend(text))
+        return Finding("problem", f"{promised}: {text}", _mend(text))
     count, _, names = text.partition(" ")
     if here.promised is not None and int(count) < here.promised:
         message = f"{here.promised} promised, {count} visible ({names})"
-        return Finding("gpus", "problem", message, "nvidia-smi; keep the node away with --exclude NODE")
-    return ok("gpus", f"{count} x {names}")
+        return Finding("problem", message, "nvidia-smi; keep the node away with --exclude NODE")
+    return Finding("ok", f"{count} x {names}")
 
 
 def _mend(cause: str) -> str:
@@ -56,9 +56,7 @@ def network(here: Surroundings) -> Finding:
         chosen = _match(wanted, list(ups))
         if not chosen:
             message = f"{variable}={wanted} names no interface that is up here ({', '.join(sorted(ups))})"
-            return Finding(
-                "network", "problem", message, f"cluster.environment: {{{variable}: {(outside or ['lo'])[0]}}}"
-            )
+            return Finding("problem", message, f"cluster.environment: {{{variable}: {(outside or ['lo'])[0]}}}")
     else:
         # NCCL's own order: InfiniBand's interfaces, then whatever is neither loopback nor a container's bridge
         chosen = sorted(outside, key=lambda name: not name.startswith("ib"))
@@ -70,8 +68,8 @@ def network(here: Surroundings) -> Finding:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
         message = f"{text}; this machine's name {socket.gethostname()} has no address"
-        return Finding("network", "warning", message, f"add {socket.gethostname()} to /etc/hosts or the name service")
-    return ok("network", text)
+        return Finding("warning", message, f"add {socket.gethostname()} to /etc/hosts or the name service")
+    return Finding("ok", text)
 
 
 def _up(interface: Path) -> bool:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launcher.doctor.finding import Finding, Level, Surroundings, ok
+from launcher.doctor.finding import Finding, Level, Surroundings
 
 MIB = 2**20
 SHM_LEAST_BYTES, SHM_ENOUGH_BYTES = 512 * MIB, 4096 * MIB  # a container's default of 64 MiB ends loaders with SIGBUS
@@ -25,24 +25,22 @@ def shared_memory(here: Surroundings) -> Finding:
     try:
         space = os.statvfs(here.shm)
     except OSError as error:
-        return Finding("shared memory", "problem", f"{here.shm}: {error.strerror}", f"mount -t tmpfs tmpfs {here.shm}")
+        return Finding("problem", f"{here.shm}: {error.strerror}", f"mount -t tmpfs tmpfs {here.shm}")
     size = space.f_blocks * space.f_frsize
     text = f"{here.shm}: {size // MIB} MiB, {space.f_bavail * space.f_frsize // MIB} free"
     if size >= SHM_ENOUGH_BYTES:
-        return ok("shared memory", text)
+        return Finding("ok", text)
     level: Level = "problem" if size < SHM_LEAST_BYTES else "warning"
-    return Finding(
-        "shared memory", level, text, f"mount -o remount,size=16G {here.shm}; in a container: --shm-size=16g"
-    )
+    return Finding(level, text, f"mount -o remount,size=16G {here.shm}; in a container: --shm-size=16g")
 
 
 def open_files(here: Surroundings) -> Finding:
     """The limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES_ENOUGH:
-        return ok("open files", str(soft))
+        return Finding("ok", str(soft))
     mend = f"cluster.setup: [ulimit -n {hard if 0 < hard < 65536 else 65536}]"
-    return Finding("open files", "problem" if soft < FILES_LEAST else "warning", f"at most {soft} at once", mend)
+    return Finding("problem" if soft < FILES_LEAST else "warning", f"at most {soft} at once", mend)
 
 
 def run_directory(here: Surroundings) -> Finding:
@@ -61,18 +59,14 @@ def run_directory(here: Surroundings) -> Finding:
             speed = written / MIB / (time.monotonic() - began)
     except OSError as error:
         mend = "choose another folder with --root, and make sure that nodes mount it writable"
-        return Finding("run directory", "problem", f"{folder}: cannot be written: {error.strerror}", mend)
+        return Finding("problem", f"{folder}: cannot be written: {error.strerror}", mend)
     free = shutil.disk_usage(folder).free
     text = f"{folder}: writes {speed:.0f} MiB/s, {free / 2**30:.0f} GiB free"
     if free < FREE_BYTES:
-        return Finding(
-            "run directory", "warning", f"{text}; checkpoints may not fit", "choose another folder with --root"
-        )
+        return Finding("warning", f"{text}; checkpoints may not fit", "choose another folder with --root")
     if speed < SLOW_MIB_PER_SECOND:
-        return Finding(
-            "run directory", "warning", f"{text}: saves will be slow", "checkpoint.asynchronous: true, --root"
-        )
-    return ok("run directory", text)
+        return Finding("warning", f"{text}: saves will be slow", "checkpoint.asynchronous: true, --root")
+    return Finding("ok", text)
 
 
 def data(here: Surroundings) -> Finding:
@@ -83,14 +77,14 @@ def data(here: Surroundings) -> Finding:
             speeds.append((_read_speed(path), path))
         except OSError as error:
             mend = "mokd convert SRC OUT, or the file's place on this node in data.train"
-            return Finding("data", "problem", f"{path}: cannot be read: {error.strerror}", mend)
+            return Finding("problem", f"{path}: cannot be read: {error.strerror}", mend)
     if not speeds:
-        return ok("data", "none named: give a configuration to have its data read")
+        return Finding("ok", "none named: give a configuration to have its data read")
     speed, path = min(speeds)
     text = f"{path}: reads {speed:.0f} MiB/s"
     if speed < SLOW_MIB_PER_SECOND:
-        return Finding("data", "warning", f"{text}: loading will wait", "copy the data to a faster or node-local disk")
-    return ok("data", text)
+        return Finding("warning", f"{text}: loading will wait", "copy the data to a faster or node-local disk")
+    return Finding("ok", text)
 
 
 def _read_speed(path: Path) -> float:
@@ -117,9 +111,9 @@ def clock(here: Surroundings) -> Finding:
     done = here.run("sdiag", seconds=10.0)
     told = next((part for line in done.stdout.splitlines() if "output at" in line for part in line.split("(")[1:]), "")
     if done.returncode or not told.rstrip(")").isdigit():
-        return ok("clock", f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}; no SLURM controller to compare it with")
+        return Finding("ok", f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}; no SLURM controller to compare it with")
     skew = time.time() - int(told.rstrip(")"))
     text = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the SLURM controller's"
     if abs(skew) <= SKEW_SECONDS:
-        return ok("clock", f"within {SKEW_SECONDS:.0f} s of the SLURM controller's")
-    return Finding("clock", "problem", text, "systemctl restart chronyd  # or ntpd, as root")
+        return Finding("ok", f"within {SKEW_SECONDS:.0f} s of the SLURM controller's")
+    return Finding("problem", text, "systemctl restart chronyd  # or ntpd, as root")

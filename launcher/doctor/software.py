@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_pipeline.core.native_library import built
-from launcher.doctor.finding import Finding, Level, Surroundings, last_line, ok
+from launcher.doctor.finding import Finding, Level, Surroundings, last_line
 
 TORCH = (2, 11)
 PACKAGES = ("data_pipeline", "mokd")
@@ -22,22 +22,22 @@ def python(here: Surroundings) -> Finding:
     """The interpreter is one that the project runs on."""
     version = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info < (3, 11):  # noqa: UP036 - the doctor may be started by hand with any
-        return Finding("python", "problem", f"{version}: 3.11 or newer is needed", "make setup PYTHON=python3.12")
-    return ok("python", version)
+        return Finding("problem", f"{version}: 3.11 or newer is needed", "make setup PYTHON=python3.12")
+    return Finding("ok", version)
 
 
 def torch(here: Surroundings) -> Finding:
     """PyTorch can be imported and is new enough."""
     done = here.python("import torch; print(torch.__version__, torch.version.cuda)")
     if done.returncode:
-        return Finding("torch", "problem", f"cannot be imported: {last_line(done.stderr)}", "make setup")
+        return Finding("problem", f"cannot be imported: {last_line(done.stderr)}", "make setup")
     version, cuda = done.stdout.split()
     if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < TORCH:
-        return Finding("torch", "problem", f"{version}: {TORCH[0]}.{TORCH[1]} or newer is needed", "make setup")
+        return Finding("problem", f"{version}: {TORCH[0]}.{TORCH[1]} or newer is needed", "make setup")
     if cuda == "None" and here.wants_gpus:
         mend = "pip install torch torchvision  # a build with CUDA, see https://pytorch.org"
-        return Finding("torch", "problem", f"{version} is built without CUDA", mend)
-    return ok("torch", f"{version}, CUDA {cuda}")
+        return Finding("problem", f"{version} is built without CUDA", mend)
+    return Finding("ok", f"{version}, CUDA {cuda}")
 
 
 def compiler(here: Surroundings) -> Finding:
@@ -47,7 +47,7 @@ def compiler(here: Surroundings) -> Finding:
     found = [path for name in candidates if (path := shutil.which(name, path=here.environ.get("PATH", "")))]
     if not found:
         message = f"no C compiler ({', '.join(candidates)}) on PATH: Triton's kernels cannot start"
-        return Finding("compiler", level, message, "apt-get install gcc, or in cluster.setup: module load gcc")
+        return Finding(level, message, "apt-get install gcc, or in cluster.setup: module load gcc")
     include = sysconfig.get_paths()["include"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.c"
@@ -56,18 +56,18 @@ def compiler(here: Surroundings) -> Finding:
     if done.returncode:
         text = "Python.h is missing" if "Python.h" in done.stderr else last_line(done.stderr)
         mend = f"apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-dev"
-        return Finding("compiler", level, f"{found[0]} cannot build a Python extension: {text}", mend)
-    return ok("compiler", f"{found[0]}, {include}/Python.h")
+        return Finding(level, f"{found[0]} cannot build a Python extension: {text}", mend)
+    return Finding("ok", f"{found[0]}, {include}/Python.h")
 
 
 def ffcv(here: Surroundings) -> Finding:
     """FFCV and the libraries under it load."""
     done = here.python("import ffcv, ffcv.libffcv; from importlib.metadata import version; print(version('ffcv'))")
     if done.returncode == 0:
-        return ok("ffcv", done.stdout.strip())
+        return Finding("ok", done.stdout.strip())
     level: Level = "problem" if here.backend == "ffcv" else "warning"
     mend = "apt-get install libturbojpeg0-dev libopencv-dev && make setup; or set data.backend=torchvision"
-    return Finding("ffcv", level, f"cannot be imported: {last_line(done.stderr)}", mend)
+    return Finding(level, f"cannot be imported: {last_line(done.stderr)}", mend)
 
 
 def native_libraries(here: Surroundings) -> Finding:
@@ -79,13 +79,12 @@ def native_libraries(here: Surroundings) -> Finding:
     for folder in folders:
         path = built(folder)
         if path is None:
-            return Finding("native libraries", "problem", f"{folder}: the compiled part was not built", "make setup")
+            return Finding("problem", f"{folder}: the compiled part was not built", "make setup")
         # torch first, as wherever it is used: it brings the OpenMP library
         done = here.python(f"import torch, ctypes; ctypes.CDLL({str(path)!r})")
         if done.returncode:
-            message = f"{path}: cannot be loaded: {last_line(done.stderr)}"
-            return Finding("native libraries", "problem", message, "make setup")
-    return ok("native libraries", ", ".join(folder.name for folder in folders))
+            return Finding("problem", f"{path}: cannot be loaded: {last_line(done.stderr)}", "make setup")
+    return Finding("ok", ", ".join(folder.name for folder in folders))
 
 
 def affinity(here: Surroundings) -> Finding:
@@ -96,8 +95,7 @@ def affinity(here: Surroundings) -> Finding:
     tasks = here.environ.get("MOKD_RANKS_PER_NODE", "")
     if tasks.isdigit() and mine < int(tasks):
         message = f"{text} for {tasks} ranks on this node"
-        return Finding("affinity", "warning", message, "mokd launch ... --cpus-per-task N, or srun: [--cpu-bind=cores]")
+        return Finding("warning", message, "mokd launch ... --cpus-per-task N, or srun: [--cpu-bind=cores]")
     if given.isdigit() and mine < int(given):
-        message = f"{text}, though SLURM gave this job {given}"
-        return Finding("affinity", "warning", message, "cluster.srun: [--cpu-bind=cores]")
-    return ok("affinity", text)
+        return Finding("warning", f"{text}, though SLURM gave this job {given}", "cluster.srun: [--cpu-bind=cores]")
+    return Finding("ok", text)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from data_pipeline.core.schema import models_in
 from launcher.config import ClusterConfig
 from mokd.config import RunConfig
 
@@ -62,7 +62,7 @@ def page() -> str:
 def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None) -> Iterator[Key]:
     """defaults: an object whose values stand in for the model's own defaults."""
     for name, field in model.model_fields.items():
-        sections = list(dict.fromkeys(_models(field.annotation)))
+        sections = list(dict.fromkeys(models_in(field.annotation)))
         own = getattr(defaults, name) if isinstance(defaults, model) else field.get_default(call_default_factory=True)
         inside = f"{prefix}{name}[N]." if get_origin(field.annotation) is tuple and sections else f"{prefix}{name}."
         for section in sections:
@@ -73,20 +73,8 @@ def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None) -> It
                 where = f"{kind.default}: " if kind is not None and key.name != f"{inside}kind" else ""
                 yield Key(key.name, key.allowed, key.default, where + key.meaning)
         if not sections and f"{prefix}{name}" != "cluster":
-            yield Key(f"{prefix}{name}", _allowed(field.annotation), _default(field, own), field.description or "")
-
-
-def _default(field: FieldInfo, own: Any) -> str:
-    if own is PydanticUndefined:
-        return ""
-    return json.dumps(own, default=str)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)
+            default = "" if own is PydanticUndefined else json.dumps(own, default=str)
+            yield Key(f"{prefix}{name}", _allowed(field.annotation), default, field.description or "")
 
 
 def _allowed(annotation: Any) -> str:

@@ -41,9 +41,8 @@ def estimate_bytes(config: RunConfig, world_size: int) -> int:
             if sharded:
                 total += _gathered_bytes(student, element, config)
             for group in config.views.groups:
-                outputs = _output_elements(student.backbone, images, group.size_px)
-                if branch_config.activation_checkpointing:
-                    outputs = _kept_elements(student.backbone, images, group.size_px)
+                recomputed = branch_config.activation_checkpointing
+                outputs = _kept_elements(student.backbone, images, group.size_px, recomputed)
                 total += outputs * group.count * element * OVERHEAD
         total += objective.loss_bytes(images)
     return int(total)
@@ -64,29 +63,24 @@ def _gathered_bytes(student: Any, element: int, config: RunConfig) -> float:
     return 2.0 * (4 * root + (freed if config.parallel.reshard_after_forward else kept))
 
 
-def _kept_elements(backbone: Any, images: int, size_px: int) -> int:
-    """As `_output_elements` where blocks are recomputed: the outputs of blocks, and everything within the largest."""
+def _kept_elements(backbone: Any, images: int, size_px: int, recomputed: bool) -> int:
+    """Elements in the outputs of all layers for one view of `images` images.
+
+    Where blocks are recomputed: in the outputs of blocks, and everything within the largest.
+    """
     from mokd.models.blocks import repeated_blocks
 
-    blocks = repeated_blocks(backbone)
+    blocks = repeated_blocks(backbone) if recomputed else []
     within = {id(module): i for i, block in enumerate(blocks) for module in block.modules() if module is not block}
     inside = [0] * len(blocks)
     outside = 0
-    for module, count in _outputs(backbone, images, size_px, [*_leaves(backbone), *blocks]):
+    leaves = [module for module in backbone.modules() if not list(module.children())]
+    for module, count in _outputs(backbone, images, size_px, [*leaves, *blocks]):
         if id(module) in within:
             inside[within[id(module)]] += count
         else:
             outside += count
     return outside + max(inside, default=0)
-
-
-def _output_elements(backbone: Any, images: int, size_px: int) -> int:
-    """Elements in the outputs of all layers for one view of `images` images."""
-    return sum(count for _, count in _outputs(backbone, images, size_px, _leaves(backbone)))
-
-
-def _leaves(backbone: Any) -> list[Any]:
-    return [module for module in backbone.modules() if not list(module.children())]
 
 
 def _outputs(backbone: Any, images: int, size_px: int, modules: list[Any]) -> list[tuple[Any, int]]:

@@ -30,9 +30,8 @@ def settle(cluster: ClusterConfig, device: str) -> ClusterConfig:
         cluster, said = cluster.model_copy(update={"gpus_per_node": gres}), said | {"gpus_per_node"}
     if device == "cpu" and cluster.gpus_per_node:
         raise UserError(f"parallel.device: cpu, but cluster.gpus_per_node asks for {cluster.gpus_per_node}; drop one")
-    if {"gpus_per_node", "cpus_per_task"} <= said and (cluster.gpus_per_node or device == "cpu"):
-        return cluster
-    if not client.available():
+    all_said = {"gpus_per_node", "cpus_per_task"} <= said and (cluster.gpus_per_node or device == "cpu")
+    if all_said or not client.available():
         return cluster
     try:
         partitions = discover()
@@ -74,9 +73,7 @@ def _refuse_cpus(cluster: ClusterConfig, device: str, chosen: Partition | None, 
     if device == "cuda" and (chosen is None or not chosen.gpus):
         where = f"partition {chosen.name}" if chosen else f"partition {cluster.partition}, as far as sinfo shows it,"
         raise UserError(f"parallel.device: cuda, but {where} has no GPUs; {WAYS_OUT}")
-    if chosen is None:
-        return
-    if cluster.partition is None and not chosen.gpus:
+    if chosen is not None and cluster.partition is None and not chosen.gpus:
         raise UserError(f"partition {chosen.name}, the default one, has no GPUs; {WAYS_OUT}")
 
 

@@ -6,6 +6,7 @@ import base64
 import time
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from launcher.report.chart import Points, line_chart
@@ -15,7 +16,6 @@ from launcher.report.summary import COLUMNS, summary
 from launcher.report.timeline import timeline
 from launcher.runs.goodput import goodput
 from launcher.slurm.status import find_runs
-from mokd.config import BranchConfig
 from mokd.runs import first_weights
 from mokd.runs.files import read_json
 from mokd.runs.metrics import read_metrics
@@ -64,16 +64,10 @@ def build_report(runs: Sequence[RunDirectory]) -> str:
 def _run(number: int, run: RunDirectory) -> str:
     config, account = run.config(), goodput(run)
     marks = [float(attempt.first_step) for attempt in account.attempts[1:]]
-    networks = [
-        [
-            b.name,
-            b.backbone,
-            f"{b.weight:g}",
-            _learns_by(b),
-            first_weights.words(run, b),
-        ]
-        for b in config.branches
-    ]
+    networks = []
+    for b in config.branches:
+        learns_by = "frozen" if b.frozen else b.own_optimizer.kind
+        networks.append([b.name, b.backbone, f"{b.weight:g}", learns_by, first_weights.words(run, b)])
     parts = [
         f'<section id="run-{number}" aria-labelledby="run-{number}-name">'
         f'<h2 id="run-{number}-name">{escape(run.path.name)}</h2>',
@@ -91,10 +85,6 @@ def _run(number: int, run: RunDirectory) -> str:
         f'<pre tabindex="0">{escape(run.config_file.read_text(encoding="utf-8"))}</pre></details></section>',
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _learns_by(branch: BranchConfig) -> str:
-    return "frozen" if branch.frozen else branch.own_optimizer.kind
 
 
 def families(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Points]]:
@@ -158,20 +148,21 @@ def _evaluations(run: RunDirectory) -> str:
 
 
 def _changes(run: RunDirectory) -> str:
-    lines = read_metrics(run.changes_file)
-    rows = [[str(line.get(key, "-")) for key in ("step", "key", "before", "after")] for line in lines]
-    columns = ["step", "key", "before", "after"]
-    return "<h3>Changes</h3>" + table("Hyper-parameters changed on the way", columns, rows) if rows else ""
+    lines = _lines(run.changes_file, "Hyper-parameters changed on the way", ["step", "key", "before", "after"])
+    return f"<h3>Changes</h3>{lines}" if lines else ""
 
 
 def _alarms(run: RunDirectory) -> str:
-    path = run.alarms_file
-    if not path.exists():
+    if not run.alarms_file.exists():
         return ""
-    rows = [[str(line.get(key, "-")) for key in ("step", "alarm", "advice")] for line in read_metrics(path)]
-    if not rows:
-        return "<h3>Alarms</h3><p>None.</p>"
-    return f"<h3>Alarms</h3>{table('What the monitors warned of', ['step', 'alarm', 'advice'], rows)}"
+    lines = _lines(run.alarms_file, "What the monitors warned of", ["step", "alarm", "advice"])
+    return f"<h3>Alarms</h3>{lines or '<p>None.</p>'}"
+
+
+def _lines(path: Path, caption: str, keys: list[str]) -> str:
+    """The lines of a file of a run, by their keys; empty where there are none."""
+    rows = [[str(line.get(key, "-")) for key in keys] for line in read_metrics(path)]
+    return table(caption, keys, rows) if rows else ""
 
 
 def _pictures(run: RunDirectory) -> str:

@@ -54,12 +54,10 @@ def line_chart(title: str, series: Mapping[str, Points], marks: Sequence[float] 
             else:
                 path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
                 parts.append(f'<polyline class="series" {stroke} points="{path}"/>')
-        known = [(x, y) for x, y in points if y is not None]
+        known, last = [(x, y) for x, y in points if y is not None], "-"
         if known:
-            words.append(
-                f"{name} from {known[0][1]:.4g} at step {known[0][0]:g} to {known[-1][1]:.4g} at {known[-1][0]:g}"
-            )
-        last = f"{known[-1][1]:.4g}" if known else "-"
+            last = f"{known[-1][1]:.4g}"
+            words.append(f"{name} from {known[0][1]:.4g} at step {known[0][0]:g} to {last} at {known[-1][0]:g}")
         swatch = (
             f'<svg viewBox="0 0 26 8" aria-hidden="true"><line class="series" {stroke} x2="26" y1="4" y2="4"/></svg>'
         )

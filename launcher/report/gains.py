@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,10 +67,8 @@ def opened(paths: Iterable[Path]) -> list[Run]:
 
     found = []
     for path in paths:
-        try:
+        with suppress(UserError):
             found.append(Run.open(path))
-        except UserError:
-            continue
     return found
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,6 @@ from mokd.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from mokd.comparison.pairing import Run
-
-SORT_KEYS = ("activity", "name", "state", "step", "knn", "goodput")
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,6 @@ class RunSummary:
     gain: dict[str, float]  # by branch: k-NN top-1 of `mokd eval` in points over the branch alone, where that is known
     goodput: float | None  # useful over allocated time; None before the first attempt
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
-
     def cells(self) -> list[str]:
         """For people; as COLUMNS."""
         step = f"{self.step}/{self.total_steps}" if self.total_steps else str(self.step)
@@ -50,6 +44,14 @@ class RunSummary:
 
 
 COLUMNS = ["run", "state", "step", "best k-NN %", "gain", "goodput", "restarts"]
+SORT_KEYS: dict[str, Callable[[RunSummary], Any]] = {
+    "activity": lambda line: 0,  # as they are found
+    "name": lambda line: line.run,
+    "state": lambda line: (line.state, line.run),
+    "step": lambda line: -line.step,
+    "knn": lambda line: -max(line.best_knn.values(), default=-1.0),
+    "goodput": lambda line: 1.0 if line.goodput is None else -line.goodput,
+}
 
 
 def summary(run: RunDirectory, known: Sequence[Run] = ()) -> RunSummary:
@@ -78,16 +80,7 @@ def list_runs(root: Path, state: str | None = None, sort: str = "activity") -> l
     runs = find_runs(root)
     known = opened(run.path for run in runs)
     found = [summary(run, known) for run in runs]
-    found = [line for line in found if state in (None, line.state)]
-    if sort in ("name", "state"):
-        return sorted(found, key=lambda line: (line.state if sort == "state" else "", line.run))
-    if sort == "step":
-        return sorted(found, key=lambda line: -line.step)
-    if sort == "knn":
-        return sorted(found, key=lambda line: -max(line.best_knn.values(), default=-1.0))
-    if sort == "goodput":
-        return sorted(found, key=lambda line: 1.0 if line.goodput is None else -line.goodput)
-    return found
+    return sorted((line for line in found if state in (None, line.state)), key=SORT_KEYS[sort])
 
 
 def index_page(lines: list[RunSummary], root: Path, beside: Path) -> str:

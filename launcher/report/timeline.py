@@ -7,7 +7,7 @@ from dataclasses import replace
 from html import escape
 
 from launcher.report.html import table
-from launcher.runs.goodput import AttemptTime, Goodput, PhaseSpan, phase_spans
+from launcher.runs.goodput import AttemptTime, Goodput, PhaseSpan, durations, phase_spans
 from launcher.runs.records import Records
 from mokd.runs.metrics import read_metrics
 from mokd.runs.progress import duration
@@ -40,11 +40,10 @@ def timeline(run: RunDirectory, account: Goodput) -> str:
     every = {attempt.attempt: attempt_spans(run, attempt) for attempt in account.attempts}
     begin = min(spans[0].started for spans in every.values())
     whole = max(max(span.ended for spans in every.values() for span in spans) - begin, 1e-9)
+    used = [name for name in PHASES if any(s.phase == name for spans in every.values() for s in spans)]
     bars, rows = [], []
     for attempt in account.attempts:
-        sums: dict[str, float] = {}
-        for span in every[attempt.attempt]:
-            sums[span.phase] = sums.get(span.phase, 0.0) + span.ended - span.started
+        sums = durations(every[attempt.attempt])
         told = ", ".join(f"{name} {duration(sums[name])}" for name in PHASES if sums.get(name, 0.0) >= 0.5)
         head = f"Attempt {attempt.attempt}, steps {attempt.first_step} to {attempt.last_step}"
         inside = "".join(
@@ -55,19 +54,16 @@ def timeline(run: RunDirectory, account: Goodput) -> str:
         bars.append(
             f'<div>{head}</div><div class="bar" role="img" aria-label="{escape(f"{head}: {told}")}">{inside}</div>'
         )
-        rows.append([str(attempt.attempt), _clock(attempt.started)])
-        rows[-1] += [duration(sums[name]) if name in sums else "-" for name in PHASES]
-        rows[-1].append(str(attempt.steps_lost))
-    used = [name for name in PHASES if any(s.phase == name for spans in every.values() for s in spans)]
+        times = [duration(sums[name]) if name in sums else "-" for name in used]
+        rows.append([str(attempt.attempt), _clock(attempt.started), *times, str(attempt.steps_lost)])
     legend = "".join(f'<li><i style="background:var(--{name})"></i>{name}</li>' for name in used)
-    keep = [0, 1, *(2 + i for i, name in enumerate(PHASES) if name in used), 2 + len(PHASES)]
-    columns = ["attempt", "started (UTC)", *PHASES, "steps lost"]
+    columns = ["attempt", "started (UTC)", *used, "steps lost"]
     return (
         f"<p><strong>Goodput:</strong> {escape(account.line())}.</p>"
         f'<ul class="legend">{legend}</ul>{"".join(bars)}'
         f'<p class="quiet">The axis begins {_clock(begin)} UTC and is {duration(whole)} long. '
         "Lost: steps that a later attempt did again.</p>"
-        + table("Time of every attempt by phase", [columns[i] for i in keep], [[row[i] for i in keep] for row in rows])
+        + table("Time of every attempt by phase", columns, rows)
         + _endings(run)
     )
 

@@ -125,7 +125,7 @@ def _attempts(run: RunDirectory, now: float) -> Iterator[AttemptTime]:
             first_step=ending.first_step if ending else int(facts.get("step", 0)),
             last_step=last,
             steps_lost=lost,
-            phases=_durations(phases, started, ended),
+            phases=durations(phase_spans(phases, started, ended)),
             parts=_parts(phases),
         )
         yield before
@@ -158,10 +158,10 @@ def phase_spans(phases: list[dict[str, Any]], started: float, ended: float) -> l
     ]
 
 
-def _durations(phases: list[dict[str, Any]], started: float, ended: float) -> dict[str, float]:
-    """How long rank 0 was in each phase."""
+def durations(spans: list[PhaseSpan]) -> dict[str, float]:
+    """How long each phase took in all."""
     found: dict[str, float] = {}
-    for span in phase_spans(phases, started, ended):
+    for span in spans:
         found[span.phase] = found.get(span.phase, 0.0) + span.ended - span.started
     return found
 

@@ -37,12 +37,12 @@ class Job:
 
     job_id: str
     state: str
-    reason: str
-    nodes: str
-    excluded: str
-    partition: str
-    restarts: int
-    preempted: bool
+    reason: str = ""
+    nodes: str = ""
+    excluded: str = ""
+    partition: str = ""
+    restarts: int = 0
+    preempted: bool = False
 
     @property
     def ended(self) -> bool:

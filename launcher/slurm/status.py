@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,6 @@ class RunStatus:
     phase_seconds: float | None = None
     slowest_rank: dict[str, Any] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
-
 
 def read_status(run: RunDirectory) -> RunStatus:
     """The state of a run now; of its own marks alone where the scheduler does not answer, which `reason` tells."""
@@ -64,11 +60,9 @@ def read_status(run: RunDirectory) -> RunStatus:
         state, reason = _by_itself(run, endings, mark)
         reason = "; ".join(filter(None, (reason, f"{error}; this is what the run's own files say")))
     last = _last_metrics(run.metrics_file)
-    step = max(int(mark.get("step", 0)), checkpoint_step(run))
-    total = mark.get("total_steps")
+    step, total = max(int(mark.get("step", 0)), checkpoint_step(run)), mark.get("total_steps")
     hearts = [] if state in FINAL else read_heartbeats(run, run.current_attempt())
     behind = slowest(hearts) if hearts else None
-    speed = last.get("images_per_second") if state == "running" else None
     return RunStatus(
         run=str(run.path),
         state=state,
@@ -81,7 +75,7 @@ def read_status(run: RunDirectory) -> RunStatus:
         reason=reason,
         job_id=launch.job_id if launch else None,
         total_steps=total,
-        images_per_second=speed,
+        images_per_second=last.get("images_per_second") if state == "running" else None,
         eta_seconds=_eta(last, step, total) if state == "running" else None,
         checkpoint_age_seconds=_checkpoint_age(run),
         losses={
@@ -100,16 +94,12 @@ def current_job(launch: Launch) -> client.Job | None:
     """The launch's job while it is queued or runs; None when it has ended or is forgotten."""
     if launch.job_id is None:
         # between registering and sbatch's answer, or the launching process died there
-        return _imaginary("SUBMITTING") if time.time() - launch.submitted < 60.0 else None
+        return client.Job("", "SUBMITTING") if time.time() - launch.submitted < 60.0 else None
     if launch.kind == "local":
         alive = launch.host != socket.gethostname() or process_start(int(launch.job_id)) == launch.process_start
-        return _imaginary("RUNNING", launch.job_id, launch.host) if alive and launch.process_start else None
+        return client.Job(launch.job_id, "RUNNING", nodes=launch.host) if alive and launch.process_start else None
     job = client.find_job(launch.job_id) if client.available() else None
     return None if job is None or job.ended else job
-
-
-def _imaginary(state: str, job_id: str = "", nodes: str = "") -> client.Job:
-    return client.Job(job_id, state, "", nodes, "", "", 0, False)
 
 
 def _state(
@@ -127,7 +117,7 @@ def _state(
     if job is not None and not (ended and last and last.verdict in FINAL):
         if job.state not in ("RUNNING", "COMPLETING", "SUSPENDED"):
             return "pending", job.reason
-        fresh = run.current_attempt() > 0 and records_launch(run) == launch.number
+        fresh = run.current_attempt() > 0 and _launch_of_newest_attempt(run) == launch.number
         if job.state == "RUNNING" and fresh and not ended:
             # one rank's failure is not the run's: the supervisor has yet to decide
             return ("running" if own in ("running", "failed", "stopped") else "starting"), ""
@@ -160,12 +150,12 @@ def _after_the_job(run: RunDirectory, launch: Launch, mark: dict[str, Any]) -> t
         return "cancelled", "by scancel"
     if state is not None:
         return "failed", f"SLURM ended the job: {state}"
-    if records_launch(run) != launch.number:
+    if _launch_of_newest_attempt(run) != launch.number:
         return "cancelled", "the job left the queue before it started"
     return "lost", f"the job is gone; last sign of life at step {mark.get('step', 0)}"
 
 
-def records_launch(run: RunDirectory) -> int:
+def _launch_of_newest_attempt(run: RunDirectory) -> int:
     """The launch that the newest attempt belongs to, 0 for none."""
     return int(Records(run).attempt_facts(run.current_attempt()).get("launch", 0))
 
@@ -201,9 +191,8 @@ def _eta(last: dict[str, Any], step: int, total: int | None) -> float | None:
 
 
 def _checkpoint_age(run: RunDirectory) -> float | None:
-    step = checkpoint_step(run)
     try:
-        return time.time() - (run.checkpoints / f"step-{step}").stat().st_mtime
+        return time.time() - (run.checkpoints / f"step-{checkpoint_step(run)}").stat().st_mtime
     except OSError:
         return None
 

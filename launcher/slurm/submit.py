@@ -33,10 +33,6 @@ from mokd.runs.processes import process_start
 from mokd.runs.run_directory import RunDirectory
 
 LEAVING_SECONDS = 120.0
-NO_SLURM = (
-    "SLURM's commands are not on this machine; run the job right here with --local, or log in to the cluster; "
-    "inside of a container, bind the host's (docs/containers.md)"
-)
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,15 @@ class Submitted:
 
     run: RunDirectory
     job_id: str
+
+
+def need_slurm() -> None:
+    """UserError where this machine has not SLURM's commands."""
+    if not client.available():
+        raise UserError(
+            "SLURM's commands are not on this machine; run the job right here with --local, or log in to the cluster; "
+            "inside of a container, bind the host's (docs/containers.md)"
+        )
 
 
 def create_run(config: RunConfig, root: Path) -> RunDirectory:
@@ -84,8 +89,7 @@ def runnable_path(path: Path) -> Path:
 
 def submit(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = True, entry: str = ENTRY) -> Submitted:
     """Submits a run to SLURM; UserError when a job of it is still there, or when sbatch refuses."""
-    if not client.available():
-        raise UserError(NO_SLURM)
+    need_slurm()
     code = _prepare(run, new_code)
     records = Records(run)
     launch = records.new_launch("slurm", cluster.model_dump(mode="json"), run.jobs)
@@ -111,8 +115,7 @@ def submit_array(
     runs: Sequence[RunDirectory], folder: Path, cluster: ClusterConfig, name: str, entry: str = ENTRY
 ) -> list[Submitted]:
     """Submits the runs of a sweep as one job array, whose files lie in `folder`."""
-    if not client.available():
-        raise UserError(NO_SLURM)
+    need_slurm()
     folder = runnable_path(folder)
     make_private(folder)
     code = code_snapshot.take(folder / "code")
@@ -147,16 +150,9 @@ def submit_local(run: RunDirectory, cluster: ClusterConfig, *, new_code: bool = 
     records = Records(run)
     launch = records.new_launch("local", cluster.model_dump(mode="json"), run.jobs)
     attempt = run.claim_attempt({"launch": launch.number, "job_id": None, "nodes": socket.gethostname()})
-    os.environ.update(
-        cluster.environment
-        | {
-            "MOKD_ATTEMPT": str(attempt),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "PYTHONSAFEPATH": "1",
-        }
-        | {"PYTHONPATH": os.pathsep.join([str(run.path / "code"), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    )
+    path = os.pathsep.join([str(run.path / "code"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ.update(cluster.environment, PYTHONPATH=path, PYTHONSAFEPATH="1", MOKD_ATTEMPT=str(attempt))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     executor = submitit.LocalExecutor(run.jobs)
     executor.update_parameters(
         nodes=1,

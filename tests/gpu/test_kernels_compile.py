@@ -34,7 +34,7 @@ def photometrics(capability: int) -> Iterator[tuple[Any, dict[str, Any], dict[st
     types = {"crops": "*u8", "ints": "*i32", "row_bytes": "i32", "start": "i32", "batch": "i32"}
     types |= dict.fromkeys(("floats", "bases", "columns"), "*fp32")
     for count, size in sorted(shapes):
-        constants = {"COUNT": count, "SIZE": size, "WORDS": module._WORDS, "BLOCK": module._BLOCK}
+        constants = {"COUNT": count, "SIZE": size}
         for kernel in (module._contrast_bases, module._blur_along_y):
             yield kernel, constants, types
         for out in sorted(outputs):

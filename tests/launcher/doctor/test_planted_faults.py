@@ -121,5 +121,5 @@ def test_a_check_that_breaks_is_a_problem_and_the_others_are_asked() -> None:
 
     checks: tuple[Callable[[Surroundings], Finding], ...] = (broken, software.python)
     report = examine(Surroundings(), checks)
-    assert [finding.level for finding in report.findings] == ["problem", "ok"]
+    assert [finding.level for finding in report.findings.values()] == ["problem", "ok"]
     assert not report.healthy
