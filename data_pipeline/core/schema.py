@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -34,7 +34,18 @@ class StrictModel(BaseModel):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """`yaml.safe_load` that reads `1e-4` as a number: YAML 1.1 takes it for text, to everyone's surprise."""
+    """`yaml.safe_load` that reads `1e-4` as a number, which YAML 1.1 takes for text to everyone's surprise, and refuses
+    a key that stands twice, of which the last would win in silence.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -126,8 +137,7 @@ def validate(model: type[Model], raw: dict[str, Any], source: str) -> Model:
 def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """The configuration file at `path`, with overrides, as a validated `model`."""
     raw = read_yaml(path)
-    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return validate(model, apply_overrides(raw, overrides), source)
+    return validate(model, apply_overrides(raw, overrides), str(path))
 
 
 def dump_yaml(config: BaseModel) -> str:

@@ -110,7 +110,13 @@ def test_overrides_reach_into_lists_by_name_and_keep_defaults(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("a: !!python/object:os.system x", "not valid YAML")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "expected a mapping"),
+        ("a: !!python/object:os.system x", "not valid YAML"),
+        ("name: a\nseed: 1\nname: b", "line 3: not valid YAML: 'name' stands twice"),
+        ("name: a\noptim: {epochs: 1, epochs: 2}", "line 2: not valid YAML: 'epochs' stands twice"),
+    ],
 )
 def test_files_that_are_no_configuration(content: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
