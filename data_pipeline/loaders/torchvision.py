@@ -132,6 +132,7 @@ def _batches(
     dataset: Dataset[Any], batches: Sequence[list[int]], workers: int, ahead: int, timeout: float
 ) -> Iterator[Any]:
     """Collated batches by worker processes. A worker that dies, fails or hangs ends in a DataError."""
+    _say_nothing_of_semaphores()
     # forked from a process that has no threads: a fork of this one can inherit a lock that nobody will ever open
     processes = get_context("forkserver")
     processes.set_forkserver_preload([__name__])
@@ -155,6 +156,15 @@ def _batches(
         failure = DataError(f"torchvision loader: {str(error).splitlines()[0]}")
     # raised here, where the traceback that holds on to the workers and their queues is gone: they end now
     raise failure
+
+
+def _say_nothing_of_semaphores() -> None:
+    """A rank that is killed leaves semaphores, which Python's resource tracker removes; its warning tells nobody what
+    to do. The tracker, a process of its own, takes its filters from the environment when it starts.
+    """
+    quiet, given = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
+    if quiet not in given:
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [given, quiet]))
 
 
 def _end_with_owner(worker: int) -> None:
