@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
+import pathlib
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,8 @@ _ENTRIES = ("state_dict", "model", "teacher", "student")
 _HEADS = frozenset(
     {"fc", "head", "head_dist", "heads", "classifier", "projector", "projection_head", "dino_head", "ibot_head"}
 )
+# what programs save beside weights and what only holds values: arguments, paths
+_HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 # lightly keeps a ResNet as a sequence of its children, without names
 _RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # DINOv2 trains its blocks in chunks; a block keeps its own number within its chunk
@@ -48,10 +53,17 @@ def read_tensors(path: Path) -> Tensors:
             from safetensors.torch import load_file
 
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (weights to start from)") from None
-    except Exception:  # both readers raise many kinds on a damaged or foreign file, and give long advice
+    except Exception as error:  # both readers raise many kinds on a damaged or foreign file, and give long advice
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise UserError(
+                f"{path}: cannot be read safely as weights: it holds a {foreign[1]}, whose making may run code; "
+                "docs/weights.md has the lines that keep the tensors alone"
+            ) from None
         raise UserError(
             f"{path}: cannot be read safely as weights; expected a safetensors file or a state dict of tensors"
         ) from None

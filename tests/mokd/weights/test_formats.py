@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def dino(net: Tensors) -> Any:
     student = {f"module.backbone.{key}": torch.zeros_like(value) for key, value in net.items()}
     teacher = {f"backbone.{key}": value for key, value in net.items()}
     head = {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_v": torch.zeros(2, 2)}
-    return {"student": student, "teacher": {**teacher, **head}, "epoch": 3, "optimizer": {"state": {}}}
+    arguments = argparse.Namespace(arch="vit_tiny", lr=0.1, output_dir=Path("out"))
+    return {"student": student, "teacher": {**teacher, **head}, "args": arguments, "optimizer": {"state": {}}}
 
 
 def dinov2(net: Tensors) -> Any:
@@ -180,6 +182,7 @@ def test_weights_of_another_network_are_refused_by_the_first_mismatches(
         (b"not weights at all", "cannot be read safely as weights"),
         ([1, 2], "holds list, not a state dict"),
         ({"state_dict": {}}, "branches.b needs 'conv1.weight'"),
+        ({"state_dict": {}, "trainer": BranchConfig}, "holds a mokd.config.branches.BranchConfig, .* keep the tensors"),
     ],
 )
 def test_what_is_no_file_of_weights_is_said_in_one_line(content: Any, says: str, tmp_path: Path) -> None:
