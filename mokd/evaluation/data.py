@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,16 @@ def check_pair(train: LabelledSet, test: LabelledSet, limit_key: str = "train_li
         raise UserError(
             f"evaluation.{limit_key}: leaves {len(empty)} classes of {train.path} without images, the first is "
             f"'{train.classes[empty[0]]}'; raise it"
+        )
+
+
+def warn_same(train: LabelledSet, test: LabelledSet) -> None:
+    """Warns where a data set is tested on itself."""
+    if train.fingerprint == test.fingerprint:
+        warnings.warn(
+            f"evaluation: {test.path} has the images of {train.path}: what is tested has been learned from, which says "
+            "nothing of other images",
+            stacklevel=2,
         )
 
 

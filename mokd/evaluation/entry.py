@@ -22,6 +22,7 @@ from mokd.distributed.process_group import (
     use_own_cores,
 )
 from mokd.evaluation import results
+from mokd.evaluation.data import warn_same
 from mokd.evaluation.job import Job, configuration, holding, perform, prepare, records_of
 from mokd.evaluation.request import Request
 from mokd.evaluation.results import Evaluation
@@ -40,11 +41,12 @@ def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
     if ranks.world_size == 1 and nproc > 1:
         with holding(request) as held:
             job = prepare(held)  # mistakes are found, and told, once
+            warn_same(job.train, job.test)
             command = [sys.executable, "-m", "mokd.evaluation.entry", json.dumps(held.to_json())]
             status = supervise(command, nproc)
         return (records_of(job, results.read(job.path)) if status == EXIT_DONE else None), status
     try:
-        job, evaluation = _as_rank(request)
+        job, evaluation = _as_rank(request, warns=ranks.is_main)
     except UserError:  # the same on all ranks
         if ranks.is_main:
             raise
@@ -52,7 +54,7 @@ def evaluate(request: Request, nproc: int) -> tuple[Evaluation | None, int]:
     return (records_of(job, evaluation) if ranks.is_main else None), EXIT_DONE
 
 
-def _as_rank(request: Request) -> tuple[Job, Evaluation]:
+def _as_rank(request: Request, *, warns: bool = False) -> tuple[Job, Evaluation]:
     ranks = ranks_from_environment()
     device = pick_device(ranks, configuration(request).parallel.device, promised_gpus(ranks))
     join(ranks, device, JOIN_TIMEOUT_SECONDS)
@@ -61,6 +63,8 @@ def _as_rank(request: Request) -> tuple[Job, Evaluation]:
             # one rank decides which checkpoint, verifies it and holds it until all have done with it
             held = decided_by_main(lambda: stack.enter_context(holding(request)))
             job = prepare(held)
+            if warns:
+                warn_same(job.train, job.test)
             if ranks.world_size > 1:
                 use_own_cores(job.config.parallel.threads_per_rank)
             set_arithmetic(job.config.precision)

@@ -93,7 +93,7 @@ class FineTuning:
         identity = digest(
             weights=subject.identity,
             data=[train.fingerprint, train.backend, ids.tolist()],
-            section=section.model_dump(mode="json"),
+            section=section.model_dump(mode="json", exclude={"fractions"}),
             crops=[config.evaluation.crop_px, config.evaluation.area_scale, config.views.mean, config.views.std],
             arithmetic=[config.seed, self._precision.compute],
         )

@@ -6,7 +6,7 @@ Every rank prepares the same job and performs it together with the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,22 +123,40 @@ def perform(job: Job, ranks: Ranks, device: torch.device) -> Evaluation:
     order = [subject.name for subject in job.subjects]
     old = broadcast_from_main(results.find(job.path) if ranks.is_main else None)
     known = [name for name in order if old is not None and old.fingerprints.get(name) == job.fingerprints[name]]
-    if job.request.again:
-        known = [name for name in known if name not in [subject.name for subject in job.wanted]]
-    todo = [subject for subject in job.wanted if subject.name not in known]
+    missing = {name: _missing_fractions(job, old if name in known else None, name) for name in order}
+    todo = [s for s in job.wanted if job.request.again or s.name not in known or missing[s.name]]
     evaluation = old
     if todo:
-        work = Work(todo, job.train, job.test, job.config, ranks, device, job.directory)
-        parts = tasks.run(job.request.task, work)
+        config = job.config
+        if not job.request.again:
+            config = _with_fractions(config, {f for subject in todo for f in missing[subject.name]})
+        parts = tasks.run(job.request.task, Work(todo, job.train, job.test, config, ranks, device, job.directory))
         evaluation = _evaluation(job, todo, parts)
         if old is not None:
-            evaluation = results.merged(evaluation, old, known, order)
+            done = [subject.name for subject in todo]
+            if job.request.task == "semi":
+                evaluation = results.joined(evaluation, old, [name for name in known if name in done])
+            evaluation = results.merged(evaluation, old, [name for name in known if name not in done], order)
         if ranks.is_main:
             results.write(job.path, evaluation)
         for state in (state for part in parts for state in part.states):
             state.remove()
     assert evaluation is not None
     return evaluation
+
+
+def _missing_fractions(job: Job, old: Evaluation | None, branch: str) -> list[float]:
+    """Of few labels, the fractions that are not on record; the settings of other tasks are in their fingerprints."""
+    asked = job.config.evaluation.semi.fractions if job.request.task == "semi" else ()
+    return [fraction for fraction in asked if old is None or old.record(branch, fraction) is None]
+
+
+def _with_fractions(config: RunConfig, fractions: Collection[float]) -> RunConfig:
+    """With these of the fractions of few labels alone; as it is without any."""
+    section = config.evaluation
+    kept = tuple(fraction for fraction in section.semi.fractions if fraction in fractions)
+    semi = section.semi.model_copy(update={"fractions": kept or section.semi.fractions})
+    return config.model_copy(update={"evaluation": section.model_copy(update={"semi": semi})})
 
 
 def _evaluation(job: Job, subjects: Sequence[Subject], parts: Sequence[tasks.Outcome]) -> Evaluation:

@@ -100,6 +100,20 @@ def accuracy(labels: Int64Array, top5: Int64Array) -> tuple[float, float]:
     return round(100.0 * float(hits[:, 0].mean()), 3), round(100.0 * float(hits.any(axis=1).mean()), 3)
 
 
+def joined(new: Evaluation, old: Evaluation, branches: Collection[str]) -> Evaluation:
+    """`new`, with what `old` says of the same branches under other settings; the largest setting is the headline."""
+    setting = SETTINGS[new.task]
+    there = {(r["branch"], r[setting]) for r in new.results}
+    kept = [r for r in old.results if r["branch"] in branches and (r["branch"], r[setting]) not in there]
+    records = sorted([*kept, *new.results], key=lambda r: r[setting])
+    largest = {r["branch"]: r[setting] for r in records}
+    return replace(
+        new,
+        results=[{**r, "headline": r[setting] == largest[r["branch"]]} for r in records],
+        predictions={**{r["predictions"]: old.predictions[r["predictions"]] for r in kept}, **new.predictions},
+    )
+
+
 def merged(new: Evaluation, old: Evaluation, keep: Collection[str], order: Sequence[str]) -> Evaluation:
     """`new`, with what `old` says of the branches to `keep`; branches come in the given `order`."""
     kept = [r for r in old.results if r["branch"] in keep]

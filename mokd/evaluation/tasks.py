@@ -44,6 +44,7 @@ def settings(config: RunConfig, task: str) -> dict[str, Any]:
     images = config.views.model_dump(mode="json", include={"mean", "std"})
     for path in ("train", "test"):  # the data are known by their content
         section["transfer"].pop(path)
+    section["semi"].pop("fractions")  # each is fine-tuned by itself, and added to those on record
     keys = ["resize_px", "crop_px", task]
     if task != "knn":
         keys.append("area_scale")

@@ -9,7 +9,7 @@ from data_pipeline.beton.samples import open_samples
 from data_pipeline.core.errors import UserError
 from data_pipeline.loaders.build import count_samples
 from mokd.config import RunConfig
-from mokd.evaluation.data import check_neighbours, open_pair
+from mokd.evaluation.data import check_neighbours, open_pair, warn_same
 from mokd.loggers import base as loggers
 from mokd.runs.run_directory import RunDirectory
 
@@ -63,7 +63,8 @@ def check(config: RunConfig, world_size: int, run: RunDirectory | None = None) -
     if per_rank // config.optim.accumulate < 2 and world_size == 1:
         raise UserError("optim.global_batch: at least 2 images at a time, BatchNorm has no variance over one")
     if config.evaluation.every_epochs:
-        train, _ = open_pair(config.evaluation, config.data, for_monitor=True)
+        train, test = open_pair(config.evaluation, config.data, for_monitor=True)
+        warn_same(train, test)
         check_neighbours(config.evaluation.knn.k, train)
     _check_networks(config, run)
 

@@ -20,7 +20,7 @@ from data_pipeline.core.errors import UserError
 from mokd.checkpointing import choose, state
 from mokd.config import BranchConfig, LinearConfig
 from mokd.distributed.local_ranks import train_locally
-from mokd.evaluation import finetune, frozen, linear_task, results
+from mokd.evaluation import finetune, frozen, linear_task, results, tasks
 from mokd.evaluation.cache import open_features
 from mokd.evaluation.entry import evaluate
 from mokd.evaluation.features import class_tokens, probe_reading
@@ -142,6 +142,31 @@ def test_a_result_is_computed_again_only_when_it_would_be_another(run: RunDirect
     assert [(r["branch"], r["k"], r["headline"]) for r in changed.results] == [("resnet", 7, True), ("vit", 7, True)]
     ask(run, name="seven")
     assert results.result_path(run.evaluations, "seven", "teacher", 2).exists()
+
+
+def test_other_fractions_of_the_labels_join_those_on_record(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ask(run, "semi", "evaluation.semi.fractions=[0.5]")
+    trained, original = list[float](), finetune.finetune_task
+
+    def noted(work: Any, section: Any, fractions: Any) -> Any:
+        trained.extend(fractions)
+        return original(work, section, fractions)
+
+    monkeypatch.setattr(tasks, "finetune_task", noted)
+    both = ask(run, "semi", "evaluation.semi.fractions=[0.25, 0.5]")
+    assert trained == [0.25]
+    found = [(r["branch"], r["fraction"], r["headline"]) for r in both.results]
+    assert found == [(b, f, f == 0.5) for b in ("resnet", "vit") for f in (0.25, 0.5)]
+    for key, expected in first.predictions.items():
+        assert np.array_equal(both.predictions[key], expected)
+    assert same(results.read(results.result_path(run.evaluations, "semi", "teacher", 2)), both)
+    assert same(ask(run, "semi", "evaluation.semi.fractions=[0.5]"), both)  # nothing is lost, and nothing computed
+    assert trained == [0.25]
+    ask(run, "semi", "evaluation.semi.fractions=[0.5]", branches=("vit",), again=True)
+    assert trained == [0.25, 0.5]
+    # other settings are another protocol
+    changed = ask(run, "semi", "evaluation.semi.fractions=[0.25]", "evaluation.semi.epochs=2")
+    assert [r["fraction"] for r in changed.results] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "linear with augmentation", "semi"])

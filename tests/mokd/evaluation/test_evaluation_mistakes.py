@@ -100,6 +100,11 @@ def test_only_one_class(run: RunDirectory, images: Path, tmp_path: Path) -> None
     assert "holds only one class" in said
 
 
+def test_a_data_set_that_is_tested_on_itself_is_warned_of(run: RunDirectory, beton: Path) -> None:
+    with pytest.warns(UserWarning, match=f"{beton} has the images of {beton}: what is tested has been learned from"):
+        evaluate(Request(run.path, network="scratch", test=beton), 1)
+
+
 def test_images_without_label(run: RunDirectory, images: Path, tmp_path: Path) -> None:
     convert([sorted((images / "test").iterdir())[0]], tmp_path / "flat.beton")
     assert "holds images without label" in refusal(run, test=tmp_path / "flat.beton")
@@ -130,3 +135,6 @@ def test_training_is_refused_ahead_for_the_same_reasons(run: RunDirectory, beton
     )
     with pytest.raises(UserError, match="200 neighbours"):
         check(config, 1)
+    itself = config.evaluation.model_copy(update={"test": beton})
+    with pytest.warns(UserWarning, match="has the images of"), pytest.raises(UserError, match="200 neighbours"):
+        check(config.model_copy(update={"evaluation": itself}), 1)
