@@ -23,12 +23,15 @@ _TITLES = {"knn": "k-NN", "linear": "linear probe", "semi": "few labels"}
 
 @dataclass(frozen=True)
 class BranchGain:
-    """One branch: its gain, what every run contributed, and the curves of both sides by seed."""
+    """One branch: its gain, what every run contributed, and the curves of both sides by seed: with curve_k neighbours,
+    as the gain, where all runs have recorded that, else (None) with the best k of each step.
+    """
 
     gain: Gain
     runs: list[dict[str, Any]]
     pair_curves: dict[int, Curve]
     solo_curves: dict[int, Curve]
+    curve_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ class Comparison:
         name = _TITLES.get(self.task, self.task)
         # a result that was given a name of its own is asked for by that name
         return name if self.at is None else f"{name} ({SETTINGS.get(self.task, 'at')} {self.at:g})"
+
+    @property
+    def title_with_setting(self) -> str:
+        """The same with the setting of the headline, where it is one for all runs."""
+        key = SETTINGS.get(self.task, "")
+        runs = [run for method in self.methods for branch in method.branches.values() for run in branch.runs]
+        found = {run.get(key) for run in runs}
+        one = found.pop() if self.at is None and len(found) == 1 else None
+        return self.title if one is None else f"{self.title} ({key} {one:g})"
 
     def document(self) -> dict[str, Any]:
         """As a JSON object; `branches` is the first method's part of `methods`."""
@@ -112,9 +124,11 @@ def newest_evaluation(run: Path, task: str, network: str) -> Evaluation:
     return read(result_path(folder, task, network, max(numbers)))
 
 
-def knn_curve(run: Path, branch: str) -> Curve:
-    """A branch's k-NN top-1 while training, by step; empty where the configuration asked for none."""
-    key = f"eval/{branch}/knn_top1"
+def knn_curve(run: Path, branch: str, k: int | None = None) -> Curve:
+    """A branch's k-NN top-1 while training, by step, with k neighbours or the best of all that are tried; empty where
+    it is not on record.
+    """
+    key = f"eval/{branch}/knn_top1" if k is None else f"eval/{branch}/knn_top1_k{k}"
     return [(r["step"], r[key]) for r in read_metrics(RunDirectory(run).metrics_file) if r.get(key) is not None]
 
 
@@ -160,6 +174,12 @@ def _gain(
     found = {
         run.path: _record(evaluations[run.path], branch, at, run.path) for s in sides.values() for run in s.values()
     }
+    fractions = {record["fraction"] for record in found.values() if "fraction" in record}
+    if len(fractions) > 1:
+        known = ", ".join(f"{fraction:g}" for fraction in sorted(fractions))
+        raise UserError(
+            f"compare: the largest fraction of {branch}'s labels is not the same for all: {known}; give --at"
+        )
     right = {
         side: np.stack([_right(evaluations[run.path], found[run.path]) for run in runs.values()])
         for side, runs in sides.items()
@@ -170,8 +190,16 @@ def _gain(
         for side, runs in sides.items()
         for seed, run in runs.items()
     ]
-    curves = {side: {seed: knn_curve(run.path, branch) for seed, run in runs.items()} for side, runs in sides.items()}
-    return BranchGain(gain, records, curves["pair"], curves["solo"])
+    ks = {record.get("k") for record in found.values()}
+    k = ks.pop() if len(ks) == 1 else None
+    curves = _curves(sides, branch, k)
+    if not all(curve for side in curves.values() for curve in side.values()):  # older runs have the best k alone
+        k, curves = None, _curves(sides, branch, None)
+    return BranchGain(gain, records, curves["pair"], curves["solo"], k)
+
+
+def _curves(sides: Mapping[str, Mapping[int, Run]], branch: str, k: int | None) -> dict[str, dict[int, Curve]]:
+    return {side: {seed: knn_curve(run.path, branch, k) for seed, run in runs.items()} for side, runs in sides.items()}
 
 
 def _right(evaluation: Evaluation, record: Mapping[str, Any]) -> np.ndarray:

@@ -63,7 +63,8 @@ def _bars(axes: Any, comparison: Comparison, branches: Sequence[str]) -> None:
     axes.set_xticks(places, names, fontsize=9)
     axes.set_ylim(0.0, 1.18 * highest)
     axes.set_ylabel(f"top-1 of the {comparison.network} (%)")
-    axes.set_title(f"{comparison.title}\n{comparison.images:,} test images, 95% intervals", fontsize=10, loc="left")
+    title = f"{comparison.title_with_setting}\n{comparison.images:,} test images, 95% intervals"
+    axes.set_title(title, fontsize=10, loc="left")
 
 
 def _bar(axes: Any, place: float, value: float, interval: tuple[float, float], colour: str, label: str) -> None:
@@ -89,7 +90,9 @@ def _curves(axes: Any, methods: Sequence[MethodGain], branch: str) -> None:
             solo_drawn.append(found.solo_curves)
     axes.set_title(f"{branch}: k-NN while training", fontsize=10, loc="left")
     axes.set_xlabel("step")
-    axes.set_ylabel("top-1 (%), best k")
+    ks = {found.curve_k for method in methods if (found := method.branches.get(branch)) is not None}
+    k = ks.pop() if len(ks) == 1 else None
+    axes.set_ylabel("top-1 (%), best k" if k is None else f"top-1 (%), k {k}")
 
 
 def _curve(axes: Any, by_seed: dict[int, Any], colour: str, label: str, style: str) -> None:

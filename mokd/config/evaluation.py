@@ -16,6 +16,11 @@ class KnnConfig(StrictModel):
     k: Annotated[tuple[PositiveInt, ...], Field(description="neighbours; each is reported")] = (10, 20, 30)
     temperature: Annotated[PositiveFloat, Field(description="of the neighbours' weights")] = 0.07
 
+    @property
+    def headline(self) -> int:
+        """The k that stands for all: 20, as published, or the first."""
+        return 20 if 20 in self.k else self.k[0]
+
 
 class LinearConfig(StrictModel):
     """Linear classifiers on frozen features: SGD with momentum 0.9, no decay, cosine; all rates in one pass."""

@@ -76,5 +76,5 @@ def knn_task(work: Work) -> list[Outcome]:
         classes = len(train.classes)
         found = knn.classify(blocks, labels, queries.to(work.device), section.k, section.temperature, classes)
         answers = [Answer(k, answer.numpy()) for k, answer in zip(section.k, found, strict=True)]
-        outcomes.append(Outcome(answers, section.k.index(20) if 20 in section.k else 0))
+        outcomes.append(Outcome(answers, section.k.index(section.headline)))
     return outcomes

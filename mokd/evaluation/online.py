@@ -63,8 +63,8 @@ class OnlineEvaluation:
         self._thread: threading.Thread | None = None
         self._result: Probed | None = None
 
-    def evaluate(self, backbones: Mapping[str, Backbone], step: int) -> dict[str, float]:
-        """The best k-NN accuracy in percent over `evaluation.knn.k`, by branch, on all ranks; begins a probe.
+    def evaluate(self, backbones: Mapping[str, Backbone], step: int) -> dict[str, dict[int, float]]:
+        """k-NN accuracies in percent by branch and k of `evaluation.knn.k`, on all ranks; begins a probe.
 
         BrokenOffError on all ranks, and nothing begun, when one is asked to stop meanwhile.
         """
@@ -75,7 +75,7 @@ class OnlineEvaluation:
         rows = torch.from_numpy(subset(train.size, section.probe_images))
         mine = rows[(rows >= first) & (rows < last)] - first
         labels, classes = torch.from_numpy(train.labels), len(train.classes)
-        best, for_probe = {}, {}
+        top1, for_probe = {}, {}
         for name, own, part in zip(backbones, known, asked, strict=True):
             everything = gather_rows(part, device)
             blocks = until_asked(
@@ -87,7 +87,8 @@ class OnlineEvaluation:
             queries = F.normalize(everything, dim=1).to(device)
             self._beat()
             found = knn.classify(blocks, labels, queries, section.knn.k, section.knn.temperature, classes)
-            best[name] = max(accuracy(test.labels, answer.numpy())[0] for answer in found)
+            answers = zip(section.knn.k, found, strict=True)
+            top1[name] = {k: accuracy(test.labels, answer.numpy())[0] for k, answer in answers}
             if section.probe_images:
                 for_probe[name] = (gather_rows(own[mine], device), everything)
         if section.probe_images and self._ranks.is_main:
@@ -95,7 +96,7 @@ class OnlineEvaluation:
             # daemon: a run that ends in an error does not wait for a number
             self._thread = threading.Thread(target=self._probe, args=arguments, name="linear probe", daemon=True)
             self._thread.start()
-        return best
+        return top1
 
     @property
     def probing(self) -> bool:

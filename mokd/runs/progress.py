@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 EVERY_SECONDS = 10.0
 
@@ -23,6 +25,11 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def busy(text: str) -> AbstractContextManager[object]:
+    """On a terminal, within the context: what is being done that cannot be counted."""
+    return Console(stderr=True).status(text)
 
 
 class WorkProgress:
@@ -49,7 +56,7 @@ class WorkProgress:
         if shown and self._console.is_terminal:
             # what matters comes first: a narrow terminal cuts off the end
             columns = (
-                TextColumn("{task.description}", markup=False),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=len(title))),
                 BarColumn(12),
                 TextColumn("{task.fields[facts]}", markup=False),
             )
@@ -98,7 +105,10 @@ class TrainingProgress(WorkProgress):
 
     def __init__(self, total_steps: int, done: int) -> None:
         super().__init__("train", done=done, every_seconds=0.0, per_second=False)
-        self._total = total_steps
+        self._total, self._facts = total_steps, "waiting for the first step"
+        self.at(done)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def _count(self, done: int, total: int) -> str:
         return f"step {done}/{total}"
@@ -107,4 +117,10 @@ class TrainingProgress(WorkProgress):
         """Shows the newest logged values."""
         losses = "  ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in values.items() if k.endswith("/total"))
         speed = f"{values['images_per_second']:.1f} images/s  data wait {100 * values['data_wait_fraction']:.0f}%"
-        self.update(step, self._total, f"epoch {int(values['epoch'])}  {speed}  loss {losses}")
+        self._facts = f"epoch {int(values['epoch'])}  {speed}  loss {losses}"
+        self.update(step, self._total, self._facts)
+
+    def at(self, step: int) -> None:
+        """A step that is not logged: the live line counts it, a log has no line for it."""
+        if self._bar is not None:
+            self.update(step, self._total, self._facts)

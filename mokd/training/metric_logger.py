@@ -114,6 +114,8 @@ class MetricLogger:
         if self._ranks.is_main:
             self._write_probe(0.0)
         if not self.due(step):
+            if self._ranks.is_main:
+                self._progress.at(step)
             return
         self._write_pending()
         elapsed = max(time.perf_counter() - self._since, 1e-9)
@@ -192,7 +194,10 @@ class MetricLogger:
                 self._progress.say(f"step {step}  evaluation broken off; it is done when the run goes on")
             return False
         if self._ranks.is_main:
-            self._write_accuracies(step, "knn_top1", "k-NN", accuracies)
+            k = self._config.evaluation.knn.headline
+            best = {branch: max(found.values()) for branch, found in accuracies.items()}
+            self._write_accuracies(step, "knn_top1", "k-NN", best)
+            self._write_accuracies(step, f"knn_top1_k{k}", None, {b: found[k] for b, found in accuracies.items()})
         self._since += time.perf_counter() - began  # not part of the training speed
         return True
 
@@ -207,7 +212,7 @@ class MetricLogger:
         if result is not None:
             self._write_accuracies(result.step, "linear_top1", "linear probe", result.top1)
 
-    def _write_accuracies(self, step: int, key: str, title: str, top1: Mapping[str, float]) -> None:
+    def _write_accuracies(self, step: int, key: str, title: str | None, top1: Mapping[str, float]) -> None:
         # an evaluation that is repeated because its probe was broken off has some of it already
         top1 = {branch: v for branch, v in top1.items() if (step, f"eval/{branch}/{key}") not in self._measured}
         if not top1:
@@ -215,8 +220,9 @@ class MetricLogger:
         self._measured |= {(step, f"eval/{branch}/{key}") for branch in top1}
         with self._lock:
             self._write({"step": step, **{f"eval/{branch}/{key}": value for branch, value in top1.items()}})
-        shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
-        self._progress.say(f"step {step}  {title} top-1  {shown}")
+        if title is not None:
+            shown = "  ".join(f"{branch} {value:.1f}%" for branch, value in top1.items())
+            self._progress.say(f"step {step}  {title} top-1  {shown}")
 
     def saved(self, step: int) -> None:
         """Notes the newest published checkpoint; the saver calls it, once that is durable."""

@@ -21,7 +21,7 @@ def main(directory: str, step: int) -> int:
     extract, evaluate = online.extract, online.OnlineEvaluation.evaluate
     at = [-1, False]
 
-    def noted(self: online.OnlineEvaluation, backbones: Any, now: int) -> dict[str, float]:
+    def noted(self: online.OnlineEvaluation, backbones: Any, now: int) -> dict[str, dict[int, float]]:
         at[:] = [now, self._ranks.rank == self._ranks.world_size - 1]
         return evaluate(self, backbones, now)
 

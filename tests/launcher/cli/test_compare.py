@@ -31,18 +31,25 @@ Write = Callable[..., Path]
 
 
 def evaluate(
-    run: Path, step: int, right: dict[str, float], task: str = "knn", images: int = IMAGES, protocol: str = ""
+    run: Path,
+    step: int,
+    right: dict[str, float],
+    task: str = "knn",
+    images: int = IMAGES,
+    protocol: str = "",
+    settings: tuple[float, float] = (10, 20),
 ) -> None:
     """Leaves an evaluation in which each branch has the first images of each class right."""
     labels = np.arange(images) % 10
     predictions, records = {}, []
     for branch, share in right.items():
-        for k, less in ((10, 0.1), (20, 0.0)):  # the headline is not the first
+        for k, less in zip(settings, (0.1, 0.0), strict=True):  # the headline is not the first
             wrong = np.arange(images) >= round((share - less) * images)
             predictions[f"{branch}/k={k}"] = (labels + wrong) % 10
             top1 = 100.0 * (share - less)
-            facts = {"network": "teacher", "task": task, "k": k, "top1": top1, "top5": 100.0, "step": step}
-            records.append({"branch": branch, **facts, "predictions": f"{branch}/k={k}", "headline": k == 20})
+            facts = {"network": "teacher", "task": task, results.SETTINGS[task]: k, "top1": top1, "top5": 100.0}
+            about = {"step": step, "predictions": f"{branch}/k={k}", "headline": k == settings[-1]}
+            records.append({"branch": branch, **facts, **about})
     folder = RunDirectory(run).evaluations
     about = (task, "teacher", step, f"step-{step}", "test.beton", images)
     protocols = dict.fromkeys(right, protocol) if protocol else {}
@@ -154,6 +161,50 @@ def test_curves_are_those_of_the_branch(write: Write) -> None:
     run = write("pair")
     assert knn_curve(run, "vit") == [(0, 20.0), (5, 24.8), (10, 29.6), (15, 34.4)]
     assert knn_curve(run, "other") == []
+
+
+def test_few_labels_are_compared_at_one_fraction(write: Write) -> None:
+    runs = whole(write)
+    for run, side, fractions in zip(
+        runs, ("pair", "solo", "solo"), ((0.01, 0.5), (0.01, 0.1), (0.01, 0.1)), strict=True
+    ):
+        evaluate(
+            run,
+            STEP,
+            {b.name: ACCURACY[side][b.name] for b in Run.open(run).config.branches},
+            "semi",
+            settings=fractions,
+        )
+    with pytest.raises(UserError, match=r"largest fraction of resnet's labels is not the same for all: 0\.1, 0\.5"):
+        compare(opened(runs), task="semi", network="teacher")
+    gain = compare(opened(runs), task="semi", network="teacher", at=0.01).methods[0].branches["resnet"].gain
+    assert (gain.solo, gain.pair) == (pytest.approx(40.0), pytest.approx(45.0))
+
+
+def test_bars_and_curves_are_of_one_k(write: Write, tmp_path: Path) -> None:
+    runs = whole(write)
+    older = compare(opened(runs), task="knn", network="teacher")
+    assert older.methods[0].branches["vit"].curve_k is None
+    for run in runs:  # as runs record it now: the best k, and the headline's
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        best = {key: value for record in records for key, value in record.items() if key.startswith("eval/")}
+        records += [{"step": STEP, **{f"{key}_k20": value - 1.0 for key, value in best.items()}}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = compare(opened(runs), task="knn", network="teacher")
+    vit = found.methods[0].branches["vit"]
+    assert vit.curve_k == 20
+    assert vit.pair_curves == vit.solo_curves == {3: [(STEP, pytest.approx(33.4))]}
+    other = compare(opened(runs), task="knn", network="teacher", at=10)
+    assert other.methods[0].branches["vit"].curve_k is None  # curves of k 10 are not on record
+    for comparison, title, axis in (
+        (older, "k-NN (k 20)", "top-1 (%), best k"),
+        (found, "k-NN (k 20)", "top-1 (%), k 20"),
+        (other, "k-NN (k 10)", "top-1 (%), best k"),
+    ):
+        plot(comparison, tmp_path / "gain.svg")
+        drawn = (tmp_path / "gain.svg").read_text()  # text is drawn as shapes, with a comment that says it
+        assert f"<!-- {title} -->" in drawn
+        assert f"<!-- {axis} -->" in drawn
 
 
 def test_what_is_not_on_record_is_answered_with_the_command(write: Write, tmp_path: Path) -> None:
