@@ -60,6 +60,7 @@ def init(
     test: Annotated[Path | None, typer.Option(help="test images; default: val or test beside them")] = None,
     pair: Annotated[str | None, typer.Option(help="two networks, for example resnet50,vit_small")] = None,
     name: Annotated[str | None, typer.Option(help="of the run; default: the file's")] = None,
+    channels: Annotated[int | None, typer.Option(help="of a folder's images; default: 3, or the beton's")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file")] = False,
 ) -> None:
     """Write a first configuration, with comments, for your images and this machine; asks for what is not given."""
@@ -72,7 +73,7 @@ def init(
     if data is None and not asks:
         raise UserError("--data is missing: where are the training images?")
     data = data or Path(typer.prompt("Training images (a beton, or a folder)"))
-    found, machine = first.look(data), first.Machine.here()
+    found, machine = first.look(data, channels), first.Machine.here()
     proposed = first.fitting_pair(found, machine)
     if pair is None and asks:
         for known, (_, when) in first.PAIRS.items():
@@ -83,8 +84,10 @@ def init(
     text = first.configuration(called, chosen, data, test or first.test_images(data), found, machine, configs, file)
     replace_text(file, text)
     print(f"{file}: {chosen} on {found.size} images of about {found.side_px} pixels")
+    more = f" --channels {channels}" if channels and data.is_dir() else ""
+    if found.mean:
+        print(f"             views.mean and views.std: of some images; of all: mokd convert --statistics {data}{more}")
     if data.is_dir():
-        print(
-            f"faster       mokd convert {data} {data.name}.beton, then mokd init --data {data.name}.beton --overwrite"
-        )
+        out = f"{data.name}.beton"
+        print(f"faster       mokd convert {data} {out}{more}, then mokd init --data {out} --overwrite")
     print(f"next         mokd views {file}\n             mokd train {file} --nproc {max(1, machine.gpus)}")

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
+from data_pipeline.beton.format import open_beton
 from data_pipeline.beton.samples import open_samples
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
@@ -65,15 +68,30 @@ class Found:
     size: int
     side_px: int  # shorter side, in the middle
     labelled: bool
+    # of other than three channels: mean and deviation of the images that were looked at, between 0 and 1
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
-def look(train: Path) -> Found:
-    """Counts the images of a beton or folder and measures some. UserError when there are none."""
-    samples = open_samples(train)
-    some = range(0, samples.size, max(1, samples.size // LOOKED_AT))
-    return Found(
-        samples.size, round(statistics.median(min(samples.image(i).size) for i in some)), samples.num_classes > 1
-    )
+def look(train: Path, channels: int | None = None) -> Found:
+    """Counts the images of a beton or folder and measures some. UserError when there are none.
+
+    channels: of a folder, without it three; a beton knows its own.
+    """
+    known = open_beton(train).channels if train.is_file() else 3
+    samples = open_samples(train, channels or known)
+    some = [samples.pixels(i) for i in range(0, samples.size, max(1, samples.size // LOOKED_AT))]
+    side = round(statistics.median(min(pixels.shape[:2]) for pixels in some))
+    if samples.channels == 3:
+        return Found(samples.size, side, samples.num_classes > 1)
+    mean = np.mean([(pixels / 255).mean((0, 1)) for pixels in some], axis=0)
+    square = np.mean([((pixels / 255) ** 2).mean((0, 1)) for pixels in some], axis=0)
+    std = np.maximum(np.sqrt(np.maximum(square - mean**2, 0.0)), 0.01)  # of a channel that is the same everywhere
+    return Found(samples.size, side, samples.num_classes > 1, _rounded(mean), _rounded(std))
+
+
+def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(round(float(value), 4) for value in values)
 
 
 def fitting_pair(found: Found, machine: Machine) -> str:
@@ -92,6 +110,8 @@ def configuration(
     raw = schema.read_yaml(configs / PAIRS[pair][0])
     ranks = max(1, machine.gpus)
     raw |= {"name": name, "data": {"train": str(train), "workers": max(1, machine.cores // ranks)}}
+    if found.mean:
+        _without_colours(raw, found)
     raw["objective"]["prototypes"] = min(raw["objective"]["prototypes"], _prototypes(found.size))
     raw["optim"]["global_batch"] = _batch(raw["optim"]["global_batch"], found.size, ranks)
     raw["evaluation"] = _evaluation(raw["evaluation"], train, test, found)
@@ -102,6 +122,14 @@ def configuration(
     )
     words = {"per": math.ceil(found.size / raw["objective"]["prototypes"]), "file": file}
     return head + "".join(_section(key, value, words) for key, value in raw.items())
+
+
+def _without_colours(raw: dict[str, Any], found: Found) -> None:
+    """What is of red, green and blue has no meaning for other channels."""
+    raw["data"]["channels"] = len(found.mean)
+    jitter = {**raw["views"].get("jitter", {}), "saturation": 0.0, "hue": 0.0}
+    normalization = {"mean": list(found.mean), "std": list(found.std)}
+    raw["views"] |= {"jitter": jitter, "grey_probability": 0.0, **normalization}
 
 
 def _section(key: str, value: Any, words: dict[str, Any]) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_pipeline.beton.convert import ConvertOptions, convert
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
 from launcher.cli.console import find_config
 from launcher.first_steps.init import PAIRS, Found, Machine, configuration, fitting_pair, look
-from mokd.config import RunConfig
+from mokd.config import RunConfig, load_config
 from mokd.runs.run_directory import RunDirectory
+from mokd.training.feasibility import check
 from tests.support import mokd
 
 CONFIGS = find_config("demo.yaml").parent
@@ -56,6 +59,27 @@ def test_the_pair_that_is_proposed_fits() -> None:
     assert fitting_pair(FEW, Machine(0, 2)) == "resnet10,vit_nano"
     with pytest.raises(UserError, match="pair a,b: expected one of resnet50,vit_small; "):
         made("a,b", FEW, Machine(0, 2))
+
+
+def test_images_of_four_channels(tmp_path: Path) -> None:
+    generator, folder = np.random.default_rng(0), tmp_path / "train"
+    for i in range(24):
+        path = folder / f"class_{i % 2}" / f"{i}.npy"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        np.save(path, generator.integers(0, [60, 120, 180, 240], (40, 50, 4)).astype(np.uint8))
+    beton = tmp_path / "train.beton"
+    convert([folder], beton, ConvertOptions(channels=4))
+    for data, more in ((beton, []), (folder, ["--channels", "4"])):
+        file = tmp_path / f"{data.name}.yaml"
+        written = mokd("init", file, "--data", data, "--pair", "resnet10,vit_nano", *more)
+        assert written.returncode == 0, written.stderr
+        assert f"of all: mokd convert --statistics {data}" in written.stdout
+        config = load_config(file)
+        assert (config.data.channels, config.views.grey_probability, config.views.jitter.hue) == (4, 0.0, 0.0)
+        assert config.views.mean == pytest.approx([0.115, 0.233, 0.35, 0.468], abs=0.01)
+        assert config.views.std == pytest.approx([0.068, 0.136, 0.203, 0.271], abs=0.01)
+        assert config.views.jitter.brightness == 0.4  # what is not of colours stays
+    check(load_config(tmp_path / "train.beton.yaml"), 1)
 
 
 def test_what_is_written_trains(beton: Path, tmp_path: Path) -> None:
