@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,10 +30,14 @@ def solo(config: RunConfig, branch: str, *, name: str | None = None) -> RunConfi
 def load_run_config(path: Path, overrides: Sequence[str], branch: str | None) -> RunConfig:
     """The configuration at `path` with `key=value` overrides, of one branch alone where `branch` names it.
 
-    A name among the overrides is taken as it is.
+    Its name says so: one given among the overrides is that of the pair, unless it already does.
     """
     config = load_config(path, overrides)
     if branch is None:
         return config
-    named = any(override.partition("=")[0].strip() == "name" for override in overrides)
-    return solo(config, branch, name=config.name if named else None)
+    return solo(config, branch, name=config.name if _says_so(config.name, branch) else None)
+
+
+def _says_so(name: str, branch: str) -> bool:
+    """Whether a run's name is one of `branch` alone; a sweep adds to the end of it."""
+    return re.search(rf"-solo-{re.escape(branch)}(-|$)", name) is not None

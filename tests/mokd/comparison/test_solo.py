@@ -123,11 +123,13 @@ def test_only_the_branches_and_the_name_change(tmp_path: Path) -> None:
     assert load_run_config(file, [], None) == alone
 
 
-def test_a_name_that_is_given_is_kept(tmp_path: Path) -> None:
+def test_a_name_that_is_given_is_the_pairs(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_yaml(tiny_config()))
     assert load_run_config(file, ["optim.epochs=2"], "vit").name == "tiny-solo-vit"
-    assert load_run_config(file, ["name=mine", "optim.epochs=2"], "vit").name == "mine"
+    assert load_run_config(file, ["name=mine", "optim.epochs=2"], "vit").name == "mine-solo-vit"
+    # as a sweep names its runs
+    assert load_run_config(file, ["name=mine-solo-vit-seed-2"], "vit").name == "mine-solo-vit-seed-2"
     assert len(load_run_config(file, [], None).branches) == 2
 
 
