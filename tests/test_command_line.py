@@ -65,7 +65,9 @@ def test_train_evaluate_and_print(config: Path, tmp_path: Path, error_line: Erro
         assert [r["step"] for r in records if f"eval/{branch}/knn_top1" in r] == [0, 5]
     assert {"step", "epoch", "images_seen", "images_per_second", "data_wait_fraction"} <= keys
     assert json.loads((run / "environment.json").read_text())["packages"]["torch"]
-    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["checkpoint_step"]) == ("done", 5, 5)
+    assert "mokd train writes to its terminal; what it did: mokd status" in error_line("logs", run)
 
     evaluated = mokd("eval", run, "--json")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -100,7 +102,8 @@ def test_configuration_is_printed_resolved(config: Path, error_line: ErrorLine) 
     assert yaml.safe_load(printed.stdout)["optim"]["epochs"] == 7
     assert yaml.safe_load(printed.stdout)["objective"]["student_temp"] == 0.1
     assert json.loads(mokd("config", "vit_s_resnet50", "--json").stdout)["name"] == "vit_s_resnet50"
-    assert "did you mean 'epochs'" in error_line("config", config, "optim.epoch=7")
+    line = error_line("config", config, "data.workers=2", "optim.epoch=7", "optim.accumulate=2")
+    assert line == f"error: {config}: optim.epoch: unknown key; did you mean 'epochs'?"
     assert "no such configuration file; in configs/: " in error_line("config", "nothing.yaml")
 
 
@@ -197,6 +200,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_term(config: Path, tmp_pa
     overrides = ["branches.resnet.optimizer.lr=1.0e+30", "optim.clip_grad_norm=null", "evaluation.every_epochs=null"]
     result = mokd("train", config, "--root", tmp_path, *overrides)
     assert result.returncode == EXIT_GAVE_UP  # the same again would come to the same
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("failed: step ")]
+    assert "All that is known is in" in line
     status = json.loads((tmp_path / "tiny" / "status.json").read_text())
     assert status["state"] == "failed"
     assert "loss/resnet/" in status["reason"]

@@ -1,5 +1,5 @@
 """`python -m launcher.cli` is `mokd`."""
 
-from launcher.cli.main import main
+from launcher.cli.start import main
 
 main()

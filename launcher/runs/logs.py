@@ -26,6 +26,8 @@ def log_files(run: RunDirectory, rank: int) -> list[Path]:
     if not existing:
         ranks = {match[1] for path in run.jobs.glob("*_log.err") if (match := re.search(r"_(\d+)_log", path.name))}
         hint = f"; there are logs of ranks 0 to {max(map(int, ranks))}" if ranks else ""
+        if not Records(run).launches() and run.current_attempt():
+            hint = f": mokd train writes to its terminal; what it did: mokd status {run.path}, {run.metrics_file}"
         raise UserError(f"{run.path}: no output of rank {rank} yet{hint}")
     return existing
 

@@ -19,7 +19,7 @@ from data_pipeline.core.errors import UserError
 from launcher.runs.permissions import require_private
 from launcher.runs.records import Records
 from mokd.distributed.stopping import StopRequest
-from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER
+from mokd.runs.exit_codes import EXIT_FAILED, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, says_all
 from mokd.runs.files import replace_json
 from mokd.runs.run_directory import RunDirectory, StaleAttemptError
 
@@ -64,7 +64,11 @@ def run_rank(directory: str, entry: str = ENTRY) -> str:
         raise SystemExit(EXIT_USER) from None
     except Exception as error:
         _leave_word(run, attempt, rank, error)
+        if says_all(error):
+            print(f"failed: {error}", file=sys.stderr, flush=True)
         _abandon()
+        if says_all(error):
+            raise SystemExit(EXIT_FAILED) from None
         raise
 
 

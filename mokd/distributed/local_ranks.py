@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import FrameType
 from mokd.distributed.free_port import free_port
 from mokd.distributed.stopping import STOP_SIGNALS
 from mokd.runs.exit_codes import EXIT_STOPPED, EXIT_USER
+from mokd.runs.processes import catches
 
 GRACE_SECONDS = 10.0
 SAYING_SECONDS = 5.0
@@ -32,6 +34,9 @@ def train_locally(directory: Path, count: int) -> int:
 
 def supervise(command: Sequence[str], count: int) -> int:
     """Runs `command` in `count` processes with torchrun's variables; the first failure's status, else theirs."""
+    cores = len(os.sched_getaffinity(0))
+    if count > cores:
+        warnings.warn(f"--nproc: {count} ranks share {cores} cores of this process", stacklevel=2)
     port = free_port()
     asked: list[int] = []
 
@@ -53,7 +58,7 @@ def supervise(command: Sequence[str], count: int) -> int:
             while passed < len(asked):
                 for worker in workers:
                     if worker.poll() is None:
-                        worker.send_signal(signal.SIGTERM)
+                        worker.send_signal(_fitting(asked[passed], worker))
                 passed += 1
             time.sleep(0.05)
         statuses = [EXIT_STOPPED if asked and w.returncode == -signal.SIGTERM else w.returncode for w in workers]
@@ -86,6 +91,11 @@ def _start(command: Sequence[str], rank: int, count: int, port: int) -> subproce
     }
     # a session of its own: Ctrl-C in the terminal reaches the workers once, through here
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+
+
+def _fitting(number: int, worker: subprocess.Popen[bytes]) -> int:
+    """The signal that was received, so that the rank can say which; SIGTERM ends one that has no handlers yet."""
+    return number if catches(worker.pid, signal.SIGTERM) else signal.SIGTERM
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,10 @@ A rank, `mokd train` and the batch script keep it; docs/faults.md shows `table()
 
 from __future__ import annotations
 
+import errno
+
+from data_pipeline.core.errors import DataError
+
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_GAVE_UP, EXIT_STOPPED, EXIT_SUPERSEDED = 0, 1, 2, 3, 75, 76
 
 # status: its name, what it says, and what the launcher makes of it
@@ -29,3 +33,13 @@ def table() -> str:
 def status_of_error(error: BaseException) -> int:
     """What a process leaves with after an error: one that bears `final = True` would come again at every try."""
     return EXIT_GAVE_UP if getattr(error, "final", False) else EXIT_FAILED
+
+
+def says_all(error: BaseException) -> bool:
+    """Whether an error's own line tells its reader all, and a traceback adds nothing: a damaged sample, a loss that is
+    not finite, a full disk, a file that cannot be read or written.
+    """
+    if isinstance(error, OSError):
+        # without a number it is one of ours
+        return error.errno in (None, errno.ENOSPC, errno.EDQUOT) or error.filename is not None
+    return isinstance(error, DataError) or getattr(error, "final", False)

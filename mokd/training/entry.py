@@ -29,7 +29,7 @@ with resting_collector():
     )
     from mokd.distributed.stopping import StopRequest
     from mokd.runs import environment
-    from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, status_of_error
+    from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USER, says_all, status_of_error
     from mokd.runs.files import replace_json
     from mokd.runs.heartbeat import Heartbeat, process_began
     from mokd.runs.run_directory import RunDirectory, StaleAttemptError, State
@@ -65,7 +65,7 @@ def run(directory: Path, stop: StopRequest | None = None) -> Outcome:
         outcome = Trainer(directory_, config, ranks, device, stop, attempt, heartbeat).fit()
         leave()
         heartbeat.phase("done", outcome.step)
-        _mark(directory_, ranks, attempt, outcome.state, step=outcome.step, reason=outcome.reason)
+        _mark(directory_, ranks, attempt, outcome.state, **outcome.facts())
         return outcome
     except StaleAttemptError:
         raise
@@ -111,10 +111,21 @@ def main(arguments: list[str]) -> int:
         print(f"leaving: {error}", file=sys.stderr)
         return EXIT_SUPERSEDED
     except Exception as error:
-        log.exception("%s", error)
+        _say(error)
         abandon()
         return status_of_error(error)
     return EXIT_DONE if outcome.state == "done" else EXIT_STOPPED
+
+
+def _say(error: Exception) -> None:
+    """On stderr; with a traceback where the error's line is not all that there is to say."""
+    ranks = ranks_from_environment()
+    if isinstance(error, dist.DistError):
+        print(f"rank {ranks.rank}: lost the others: {str(error).splitlines()[0]}", file=sys.stderr)
+    elif not says_all(error):
+        log.exception("%s", error)
+    elif ranks.is_main or not getattr(error, "final", False):  # all ranks meet what is final
+        print(f"failed: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

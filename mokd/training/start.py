@@ -14,6 +14,7 @@ from mokd.distributed.local_ranks import train_locally
 from mokd.runs.exit_codes import EXIT_USER
 from mokd.runs.files import replace_text
 from mokd.runs.heartbeat import living_here
+from mokd.runs.progress import busy
 from mokd.runs.run_directory import RunDirectory
 from mokd.training.feasibility import check, data_identity
 
@@ -84,7 +85,10 @@ def train(
     """Trains here: as one rank under torchrun or srun, else in `nproc` ranks of our own. Returns the exit status."""
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
         return _train_as_rank(config, root, resume, restart)
-    run = prepare(config, root, resume=resume, restart=restart, world_size=nproc)
+    with busy("looking at images, networks and first weights"):
+        run = prepare(config, root, resume=resume, restart=restart, world_size=nproc)
+    ranks = "1 rank" if nproc == 1 else f"{nproc} ranks"
+    print(f"{run.path}: starting {ranks}, each imports torch and builds its networks", file=sys.stderr)
     return run, train_locally(run.path, nproc)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,10 @@ class Outcome:
     state: Literal["done", "stopped"]
     step: int
     reason: str
+
+    def facts(self) -> dict[str, Any]:
+        """For `status.json`: a stretch ends with a save, or with the one that it began from."""
+        return {"step": self.step, "checkpoint_step": self.step, "reason": self.reason}
 
 
 class Trainer:
