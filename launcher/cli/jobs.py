@@ -91,8 +91,9 @@ def _launch_one(
         _show_plan(submit.run_script(run, cluster, 1), run.path, cluster, local, as_json)
         return
     _need_slurm(local)
-    run = submit.create_run(config, root)
-    submitted = submit.submit_local(run, cluster) if local else submit.submit(run, cluster)
+    with submit.taken_back(root / config.name):
+        run = submit.create_run(config, root)
+        submitted = submit.submit_local(run, cluster) if local else submit.submit(run, cluster)
     _tell(submitted, as_json)
 
 
@@ -123,8 +124,9 @@ def _launch_sweep(
 
     for config in configs:  # each may start from other weights: all of them are looked at before the first run is made
         initial.check(config)
-    runs = [submit.create_run(config, root) for config in configs]
-    jobs = submit.submit_array(runs, folder, cluster, name)
+    with submit.taken_back(folder, *(root / config.name for config in configs)):
+        runs = [submit.create_run(config, root) for config in configs]
+        jobs = submit.submit_array(runs, folder, cluster, name)
     if as_json:
         print_json({"runs": [{"job_id": job.job_id, "run": str(job.run.path)} for job in jobs]})
         return

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,20 @@ def create_run(config: RunConfig, root: Path) -> RunDirectory:
         )
     make_private(path)
     return initial.create_run(path, with_absolute_paths(config))
+
+
+@contextmanager
+def taken_back(*folders: Path) -> Generator[None]:
+    """Removes the folders that were not there before, when the submission within the context is refused: the corrected
+    command shall not find them.
+    """
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except UserError:
+        for folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def runnable_path(path: Path) -> Path:

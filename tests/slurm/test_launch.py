@@ -76,6 +76,7 @@ def test_refusals_are_one_line(cluster: Cluster, beton: Path, tmp_path: Path) ->
         assert refused.returncode == 2, message
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
+        assert not (tmp_path / "runs" / "small").exists()  # in the way of the corrected command
 
 
 def test_local(beton: Path, tmp_path: Path) -> None:
