@@ -64,7 +64,7 @@ gpu-check: setup
 	$(VENV)/bin/python -m benchmarks.gpu_check $(if $(PART),--part $(PART)) $(ARGS)
 
 convert: setup
-	$(MOKD) convert '$(SRC)' '$(OUT)' $(ARGS)
+	$(MOKD) convert $(if $(SRC),'$(SRC)') $(if $(OUT),'$(OUT)') $(ARGS)
 
 train: setup
 	$(MOKD) train '$(CONFIG)' --nproc '$(NPROC)' $(ARGS)
