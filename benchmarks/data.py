@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks import data_contenders as contenders
 from benchmarks import data_conversion as conversion
 from benchmarks import data_footprint as footprint
@@ -23,6 +25,7 @@ from data_pipeline.core.errors import DataError, UserError
 Say = Callable[[str], None]
 
 MIN_IMAGES = 1000  # of a folder with fewer, copies are used too
+VIEW_PX = 224  # of the largest views
 _PACKAGES = ("torch", "torchvision", "pillow", "numpy", "ffcv", "numba")
 
 # mean difference of a view in grey levels between our resampling or colours and Pillow's: any view, and all of them
@@ -169,12 +172,23 @@ def _repeated(images: Path, folder: Path, count: int) -> Path:
     files = sorted(path for path in images.rglob("*") if path.is_file() and path.suffix.lower() in (".jpeg", ".jpg"))
     if not files:
         raise UserError(f"{images}: no JPEGs in it; choose the pictures with --images FOLDER")
+    side = statistics.median(_shorter_side(path) for path in files[:: max(1, len(files) // 50)])
+    if side < VIEW_PX:
+        raise UserError(
+            f"{images}: its pictures are of about {side:.0f} px, views of {VIEW_PX} px; each loader enlarges in its way, "
+            "and photographs are what is measured: choose larger ones with --images FOLDER"
+        )
     for i in range(count):
         original = files[i % len(files)].resolve()
         link = folder / original.parent.name / f"{i}-{original.name}"  # folders and files may share their names
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(original)
     return folder
+
+
+def _shorter_side(path: Path) -> int:
+    with Image.open(path) as image:
+        return min(image.size)
 
 
 def _scratch() -> str | None:
