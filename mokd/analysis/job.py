@@ -96,8 +96,8 @@ def _check(request: AnalysisRequest) -> None:
             raise UserError(f"--what: given '{name}', expected some of {','.join(PARTS)}")
     if request.device not in DEVICES:
         raise UserError(f"--device: given '{request.device}', expected {' or '.join(DEVICES)}")
-    if (name := request.name) is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"--name: given {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)")
+    if (folder := request.name) is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder):
+        raise UserError(f"--name: given {folder!r}, expected letters, digits, '.', '_' and '-' (it names a folder)")
 
 
 def _prepared(request: Request, step: int | None, stack: ExitStack) -> Job:

@@ -73,7 +73,7 @@ def attention_read(module: nn.Module, read: Callable[[str, Tensor], None]) -> Ge
             dropout = getattr(part, "attn_drop", None)
             if hasattr(part, "fused_attn") and isinstance(dropout, nn.Module):
                 stack.callback(setattr, part, "fused_attn", part.fused_attn)
-                part.fused_attn = False  # type: ignore[assignment]
+                part.fused_attn = False
                 stack.enter_context(dropout.register_forward_pre_hook(partial(pass_on, name)))
         yield
 
