@@ -156,11 +156,11 @@ RULES: dict[str, dict[str, Short | None]] = {
     },
     "docs/export.md": {
         "mokd export runs/demo --branch resnet --format timm": short(
-            "another name", "mokd export runs/cifar10_cpu --branch resnet10 --format timm"
+            "another name", "mokd export runs/photos --branch resnet50 --format timm"
         )
     },
     "docs/report.md": {
-        "mokd report runs/demo": short("another name", "mokd report runs/cifar10_cpu"),
+        "mokd report runs/demo": short("another name", "mokd report photos"),
         "mokd report runs/pair runs/solo --out both.html": short(
             "other names", "mokd report runs/cifar10_cpu runs/cifar10_cpu-solo-vit_tiny --out both.html"
         ),
@@ -169,7 +169,7 @@ RULES: dict[str, dict[str, Short | None]] = {
     "docs/results.md": {
         "mokd bench gain --config cifar10_cpu.yaml --seeds 0,1 --nproc 2 --json --record": short(
             "takes the runs that are there already; a record is for real figures",
-            "mokd bench gain --config cifar10_cpu.yaml --seeds 3 --json --tasks knn",
+            "mokd bench gain --config cifar10_cpu.yaml --seeds 3 --json --task knn",
         ),
         "mokd launch C.yaml --sweep seed=0,1,2": dry("mokd launch C.yaml --sweep seed=0,1,2"),
         "mokd launch C.yaml --solo resnet18 --sweep seed=0,1,2": dry(
@@ -214,11 +214,11 @@ RULES: dict[str, dict[str, Short | None]] = {
         "mokd train seed.yaml": None,
         "mokd train pair.yaml": None,
         "mokd train pair.yaml --solo vit_s": None,
-        "mokd compare runs/pair runs/seed runs/pair-solo-vit_s ...": short(
-            "they are to be evaluated first",
-            *(f"mokd eval runs/{run} --task knn" for run in ("pair", "seed", "pair-solo-vit_s")),
-            "mokd compare runs/pair runs/seed runs/pair-solo-vit_s",
+        "mokd eval runs/$run --task knn": short(
+            "the shell's loop",
+            *(f"mokd eval runs/{run} --task knn" for run in ("pair", "seed", "partner", "pair-solo-vit_s")),
         ),
+        "mokd compare runs/pair runs/seed runs/partner runs/pair-solo-vit_s": None,
     },
     "docs/containers.md": {
         "mokd launch CONFIG --nodes 4 cluster.container.image=/shared/mokd.sif --dry-run": dry(

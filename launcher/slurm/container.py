@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -24,6 +24,8 @@ from mokd.config import RunConfig
 
 # image formats that are files; anything else that is no path is the name of an image in a registry
 _FILES = (".sif", ".sqsh", ".squashfs", ".img")
+# those that say in variables where a process is
+_LEAVING_WORD: tuple[Literal["apptainer", "singularity"], ...] = ("apptainer", "singularity")
 # the search path of the batch script, kept for the ranks of a supervisor that is in a container
 HOST_PATH = "MOKD_HOST_PATH"
 _GPU_OPTIONS = {"--nv", "--nvccli", "--rocm"}
@@ -33,7 +35,7 @@ _GPU_OPTIONS = {"--nv", "--nvccli", "--rocm"}
 class Surrounding:
     """The Apptainer or Singularity container that this process runs in. binds: what is bound into it."""
 
-    runtime: str
+    runtime: Literal["apptainer", "singularity"]
     image: str
     binds: tuple[str, ...]
 
@@ -48,7 +50,7 @@ class Words:
 
 def surrounding(environ: Mapping[str, str] = os.environ) -> Surrounding | None:
     """The container around this process, by the variables that it sets."""
-    for runtime in ("apptainer", "singularity"):
+    for runtime in _LEAVING_WORD:
         if image := environ.get(f"{runtime.upper()}_CONTAINER"):
             binds = environ.get(f"{runtime.upper()}_BIND", "")
             return Surrounding(runtime, image, tuple(filter(None, binds.split(","))))
@@ -71,7 +73,7 @@ def settle(cluster: ClusterConfig, local: bool) -> ClusterConfig:
     if container is None:
         if around is None:
             return cluster
-        container = ContainerConfig(image=around.image, runtime=around.runtime, python=sys.executable)  # type: ignore[arg-type]
+        container = ContainerConfig(image=around.image, runtime=around.runtime, python=sys.executable)
     elif around is None or container.image != around.image:
         container = container.model_copy(update={"image": _image(container)})
     return cluster.model_copy(update={"container": container})
