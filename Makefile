@@ -64,7 +64,8 @@ gpu-check: setup
 	$(VENV)/bin/python -m benchmarks.gpu_check $(if $(PART),--part $(PART)) $(ARGS)
 
 convert: setup
-	$(MOKD) convert $(if $(SRC),'$(SRC)') $(if $(OUT),'$(OUT)') $(ARGS)
+	$(if $(SRC),,$(error make convert: give SRC=folder OUT=file.beton))
+	$(MOKD) convert '$(SRC)' $(if $(OUT),'$(OUT)') $(ARGS)
 
 train: setup
 	$(MOKD) train '$(CONFIG)' --nproc '$(NPROC)' $(ARGS)

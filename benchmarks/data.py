@@ -175,8 +175,8 @@ def _repeated(images: Path, folder: Path, count: int) -> Path:
     side = statistics.median(_shorter_side(path) for path in files[:: max(1, len(files) // 50)])
     if side < VIEW_PX:
         raise UserError(
-            f"{images}: its pictures have about {side:.0f} px, views {VIEW_PX}; each loader enlarges in its own way, "
-            "and photographs are what is measured: choose larger ones with --images FOLDER"
+            f"{images}: its pictures are of about {side:.0f} px, views of {VIEW_PX} px, and each loader enlarges "
+            "in its own way: choose larger ones with --images FOLDER"
         )
     for i in range(count):
         original = files[i % len(files)].resolve()

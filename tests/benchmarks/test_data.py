@@ -22,5 +22,5 @@ def test_few_pictures_are_repeated_whatever_they_are_called(tmp_path: Path) -> N
 
 def test_small_pictures_are_refused_for_what_they_are(tmp_path: Path) -> None:
     Image.new("RGB", (48, 60)).save(tmp_path / "1.jpg")
-    with pytest.raises(UserError, match=r"its pictures have about 48 px, views 224; .* choose larger ones"):
+    with pytest.raises(UserError, match=r"its pictures are of about 48 px, views of 224 px, .* choose larger ones"):
         _repeated(tmp_path, tmp_path / "out", 5)
