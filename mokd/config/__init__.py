@@ -5,6 +5,7 @@ from mokd.config.execution import CheckpointConfig, OptimConfig, ParallelConfig,
 from mokd.config.logging import LoggingConfig
 from mokd.config.objectives import (
     ContrastiveConfig,
+    CrossGateConfig,
     DinoConfig,
     DistillationConfig,
     ProjectionConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "BranchConfig",
     "CheckpointConfig",
     "ContrastiveConfig",
+    "CrossGateConfig",
     "DinoConfig",
     "DistillationConfig",
     "GroupConfig",
