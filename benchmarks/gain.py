@@ -193,7 +193,7 @@ def _about(run: Run) -> dict[str, Any]:
         "epochs": run.config.optim.epochs,
         "steps": status.get("step"),
         "images_per_second": round(statistics.median(speeds), 2) if speeds else None,
-        "training_seconds": round(useful_seconds(records)),
+        "training_seconds": round(useful_seconds(records), 2),
         "commit": environment.get("commit"),
         "packages": environment.get("packages"),
     }

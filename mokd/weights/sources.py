@@ -197,7 +197,8 @@ def _reachable(where: str, place: str) -> Generator[None]:
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it tells of every try
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):  # which is for answers; torch tells of downloads there
+            yield
     except UserError:
         raise
     except Exception as error:

@@ -38,7 +38,7 @@ def run(beton: Path, offline: Path) -> RunDirectory:
         for branch in config.branches
     ]
     initial.load(run, config, branches)
-    publish(run, 5, 5, state.collect(branches, objective, main=True), {})
+    publish(run, 0, 5, state.collect(branches, objective, main=True), {})
     return run
 
 

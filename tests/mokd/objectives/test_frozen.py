@@ -154,7 +154,7 @@ def bytes_held(config: RunConfig) -> tuple[int, int]:
 
 @pytest.mark.parametrize("changes", [{}, CONTRASTIVE], ids=["dino", "contrastive"])
 def test_after_a_step_nothing_is_held_of_it_but_its_weights(changes: dict[str, Any]) -> None:
-    """No gradients, no moments of an optimizer, no second network, no activations."""
+    """No moments of an optimizer, no second network, no activations."""
     configs = [
         tiny_config(branches=branches, optim__global_batch=4, **changes)
         for branches in ([VIT], [VIT, frozen(THIRD)], [VIT, THIRD])
@@ -165,7 +165,7 @@ def test_after_a_step_nothing_is_held_of_it_but_its_weights(changes: dict[str, A
     # its centers or its bank, and what the other branch needs to learn from it
     own = 0 if changes == {} else other_parts(configs[1])
     assert 0 <= beside - alone - weights - own < 0.02 * weights
-    assert both - alone > 4 * weights
+    assert both - alone > 3 * weights
 
 
 def other_parts(config: RunConfig) -> int:
@@ -176,7 +176,7 @@ def other_parts(config: RunConfig) -> int:
     assert isinstance(learner, Branch)
     assert isinstance(alone, Branch)
     more = [sum(p.nbytes for p in branch.student.parameters()) for branch in (learner, alone)]
-    return bank + 5 * (more[0] - more[1])  # student, gradient, two moments, teacher
+    return bank + 4 * (more[0] - more[1])  # student, two moments, teacher
 
 
 @pytest.mark.parametrize("changes", [{}, CONTRASTIVE])
