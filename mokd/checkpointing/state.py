@@ -18,7 +18,10 @@ from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, TeachingBranch
 
 # keys that checkpoints from before them do not have; their defaults are what was done then
-_YOUNGER = {"branch": ("frozen", "freeze_backbone_epochs", "weight_ramp"), "objective": ("ramps", "cross_same_view")}
+_YOUNGER = {
+    "branch": ("frozen", "freeze_backbone_epochs", "weight_ramp"),
+    "objective": ("ramps", "cross_same_view", "match_prototypes"),
+}
 
 OBJECTIVE_FILE = "objective"
 

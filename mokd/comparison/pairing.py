@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
-from mokd.config import DistillationConfig, RunConfig
+from mokd.config import DistillationConfig, RunConfig, company
 from mokd.runs.run_directory import RunDirectory
 
 Settings = Mapping[str, Any]
@@ -40,6 +40,7 @@ _CROSS = (
     "objective.cross_temp_warmup_epochs",
     "objective.center_search",
     "objective.cross_same_view",
+    *(f"objective.{key}" for key in company.OF_OBJECTIVE),
     "objective.cross_weight",
     "objective.residual_weight",
 )

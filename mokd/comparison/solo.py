@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
-from mokd.config import RunConfig, load_config
+from mokd.config import RunConfig, company, load_config
 
 
 def solo(config: RunConfig, branch: str, *, name: str | None = None) -> RunConfig:
@@ -23,7 +23,10 @@ def solo(config: RunConfig, branch: str, *, name: str | None = None) -> RunConfi
         raise UserError(f"--solo {branch}: no such branch in {config.name}; there are: {known}")
     name = name or f"{config.name}-solo-{branch}"
     alone = config.model_copy(update={"name": name, "branches": tuple(chosen)})
-    return schema.validate(RunConfig, alone.model_dump(mode="json", by_alias=True), name)
+    document = alone.model_dump(mode="json", by_alias=True)
+    for key in company.OF_OBJECTIVE:  # refused of a branch alone
+        document["objective"].pop(key, None)
+    return schema.validate(RunConfig, document, name)
 
 
 def load_run_config(path: Path, overrides: Sequence[str], branch: str | None) -> RunConfig:

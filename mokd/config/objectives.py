@@ -15,6 +15,7 @@ from data_pipeline.core.schema import (
     Probability,
     StrictModel,
 )
+from mokd.config.company import check_company
 from mokd.config.ramps import RampConfig, check_ramp
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ class DinoConfig(ObjectiveConfig):
     cross_same_view: Annotated[
         bool, Field(description="cross-distillation, MLP head: also between the same view of both branches (ablation)")
     ] = False
+    match_prototypes: Annotated[
+        PositiveInt | None,
+        Field(
+            description="match the branches' prototypes by so many recent images when a cross term begins to count; "
+            "default: never"
+        ),
+    ] = None
     center_momentum: Annotated[Probability, Field(description="of the moving average that targets are centred by")] = (
         0.9
     )
@@ -112,6 +120,7 @@ class DinoConfig(ObjectiveConfig):
             raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
         for term, ramp in self.ramps:
             check_ramp(f"objective.ramps.{term}", ramp, run.optim.epochs)
+        check_company(self, run)
 
 
 class ProjectionConfig(StrictModel):

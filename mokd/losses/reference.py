@@ -20,6 +20,7 @@ D width of queries and keys, N positions of a G x G map.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -130,6 +131,28 @@ def _cross_entropy(target: Tensor, scaled: Tensor) -> Tensor:
 def next_center(center: Tensor, teacher: Tensor, momentum: float) -> Tensor:
     """The centre `[K]` after a step with teacher logits `[Q, B, K]`, B being the global batch (DINO, equation 4)."""
     return momentum * center + (1.0 - momentum) * teacher.mean(dim=(0, 1))
+
+
+# Settings of the cross terms beyond the paper; docs/method.md says where they come from.
+
+
+def matched_order(first: Tensor, second: Tensor, prototypes: int) -> list[int]:
+    """Which prototype of a second branch stands for each one of the first, for the choices `[R]` of both.
+
+        for order in all permutations of range(K):
+            agreement[order] = sum(second[r] == order[first[r]] for r in range(R))
+
+    The one with the largest agreement; among equals one that leaves most prototypes in place. A cross target of the
+    second branch is compared with the first one's students as `p[..., order]`.
+    """
+
+    best, order = (-1, -1), list(range(prototypes))
+    for candidate in map(list, itertools.permutations(range(prototypes))):
+        agreement = sum(b == candidate[a] for a, b in zip(first.tolist(), second.tolist(), strict=True))
+        in_place = sum(k == place for k, place in enumerate(candidate))
+        if (agreement, in_place) > best:
+            best, order = (agreement, in_place), candidate
+    return order
 
 
 # The contrastive objective: momentum contrast within a branch (MoCo, arXiv 1911.05722, equation 1), and between

@@ -85,6 +85,7 @@ def build_objective(config: RunConfig, device: torch.device) -> Objective[Any]:
                 names,
                 device,
                 epochs=config.optim.epochs,
+                global_batch=config.optim.global_batch,
                 frozen_epochs=config.optim.freeze_last_layer_epochs,
                 recompute_logits=config.execution.recompute_logits,
                 overlap_teachers=config.execution.overlap_teachers,

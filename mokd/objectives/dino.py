@@ -22,10 +22,12 @@ from mokd.losses.prototypes import HeadOutput
 from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.dino_network import Network, NetworkOutput, build_network
+from mokd.objectives.prototype_matching import PrototypeMatching
 from mokd.optim.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
 TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
+CROSS_TERMS = TERMS[2:]  # of each head, the one whose targets come from others
 
 
 class DinoObjective:
@@ -39,6 +41,7 @@ class DinoObjective:
         device: torch.device,
         *,
         epochs: int = 1,
+        global_batch: int = 1,
         frozen_epochs: int = 0,
         recompute_logits: bool | None = None,
         overlap_teachers: bool = False,
@@ -52,6 +55,11 @@ class DinoObjective:
         self._beside = SideStream(device, wanted=overlap_teachers)
         # one centre per branch and head, shared by the self and the cross terms
         self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
+        self._matching: PrototypeMatching | None = None
+        if config.match_prototypes is not None:
+            steps = -(-config.match_prototypes // global_batch)
+            self._matching = PrototypeMatching(names, HEADS, config.prototypes, steps, device)
+            self._matching.done = [not getattr(config.terms, term) for term in CROSS_TERMS]
         # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
         self._seen: list[Tensor] = []
         self._arriving: list[dist.Work] = []
@@ -61,13 +69,19 @@ class DinoObjective:
         return build_network(config, self.config, self.views, student=student, images_per_rank=images_per_rank)
 
     def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
-        """What all teachers say of the global views, the first group."""
+        """What all teachers say of the global views, the first group; matches prototypes first, where it is time."""
+        if self._matching is not None:
+            for head, term in enumerate(CROSS_TERMS):
+                if any(self._weights(b.config, epoch)[term] > 0.0 for b in branches if not b.config.frozen):
+                    self._matching.match(head)
         with self._beside.begin():
             return self._teachers(branches, views, epoch)
 
     def remember(self, taught: Teachers) -> None:
-        """The means of the teachers' outputs, for the centres."""
+        """The means of the teachers' outputs, for the centres, and the prototypes that they put images to."""
         self._seen.append(taught.means)
+        if self._matching is not None and self._matching.collects:
+            self._matching.remember(taught.assigned)
         if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
             with self._beside.begin():
                 self._arriving.append(dist.all_reduce(taught.means, async_op=True))
@@ -98,7 +112,8 @@ class DinoObjective:
             mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), weights["self_mlp"])}
             if others and self._on("cross_mlp", epoch):
                 # with several others the mean of their targets is the target of the mean loss
-                probabilities = _mean([teachers.probabilities(j, 0, cross) for j in others])
+                given = [self._translate(teachers.probabilities(j, 0, cross), j, i, 0) for j in others]
+                probabilities = _mean(given)
                 mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"])
                 if self.config.cross_same_view:
                     everyones = _for_all_views(probabilities, self.views.count)
@@ -109,8 +124,9 @@ class DinoObjective:
             if others and self._on("cross_search", epoch):
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
-                found = _mean([self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others])
-                t_head["cross_search"] = Target(found, weights["cross_search"], paired=False, first_view=first)
+                found = [self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others]
+                found = [self._translate(p, j, i, 1) for p, j in zip(found, others, strict=True)]
+                t_head["cross_search"] = Target(_mean(found), weights["cross_search"], paired=False, first_view=first)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
         pooled, targets = (
@@ -149,7 +165,8 @@ class DinoObjective:
             for branch in branches
         ]
         outputs = [branch.teacher(views[:1]) for branch in branches]
-        return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
+        collects = self._matching is not None and self._matching.collects
+        return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own], assign=collects)
 
     def _search(
         self, j: int, other: TeachingBranch, teacher: NetworkOutput, queries: Tensor, temperature: float
@@ -160,6 +177,12 @@ class DinoObjective:
         if self.config.center_search:
             return teacher_probabilities(found.logits(), self.centers[j, 1], temperature, in_place=True)
         return softmax(found.logits(temperature))
+
+    def _translate(self, probabilities: Tensor, giver: int, taker: int, head: int) -> Tensor:
+        """A target from branch `giver` as one over the prototypes of branch `taker`."""
+        if self._matching is None:
+            return probabilities
+        return self._matching.translate(probabilities, giver, taker, head)
 
     def _on(self, term: str, epoch: int) -> bool:
         """Whether a term counts in an epoch, for one branch or another."""
@@ -187,16 +210,24 @@ class DinoObjective:
         self.centers.lerp_(seen.to(self.centers.dtype), 1.0 - self.config.center_momentum)
         self._seen.clear()
         self._arriving.clear()
+        if self._matching is not None:
+            self._matching.commit()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The centres, `center/<branch>/<head>`."""
-        places = [(i, h) for i in range(len(self.names)) for h in range(len(HEADS))]
-        return {f"center/{self.names[i]}/{HEADS[h]}": self.centers[i, h] for i, h in places}
+        """The centres, `center/<branch>/<head>`, and what the settings of cross terms remember."""
+        matching = self._matching.state_tensors() if self._matching is not None else {}
+        return {**self._center_tensors(), **matching}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores the centres."""
-        for key, center in self.state_tensors().items():
+        """Restores what `state_tensors` gave."""
+        for key, center in self._center_tensors().items():
             center.copy_(tensors[key])
+        if self._matching is not None:
+            self._matching.load_state_tensors(tensors)
+
+    def _center_tensors(self) -> dict[str, Tensor]:
+        places = [(i, h) for i in range(len(self.names)) for h in range(len(HEADS))]
+        return {f"center/{self.names[i]}/{HEADS[h]}": self.centers[i, h] for i, h in places}
 
     def loss_bytes(self, images_per_rank: int) -> int:
         """What lies over all prototypes at a time, in fp32: of every teacher its targets, of the MLP head at two
@@ -211,19 +242,28 @@ class Teachers:
     """What all teachers say of a batch. A target that several terms share is computed once.
 
     temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs
-    `[branches, heads, K]`.
+    `[branches, heads, K]`. assigned `[branches, heads, Q, B]`: the prototype of the largest centred logit, where that
+    is wanted (assign).
     """
 
     def __init__(
-        self, outputs: Sequence[NetworkOutput], centers: Tensor, temperatures: Sequence[Sequence[set[float]]]
+        self,
+        outputs: Sequence[NetworkOutput],
+        centers: Tensor,
+        temperatures: Sequence[Sequence[set[float]]],
+        *,
+        assign: bool = False,
     ) -> None:
         self.outputs = outputs
+        assigned = []
         self._known: dict[tuple[int, int, float], Tensor] = {}
         means = []
         for i, output in enumerate(outputs):
             for h, head in enumerate((output.mlp, output.t_head)):
                 logits = head.logits()
                 means.append(logits.mean(dim=(0, 1)))
+                if assign:
+                    assigned.append((logits - centers[i, h]).argmax(dim=-1))
                 wanted = sorted(temperatures[i][h])
                 for temperature in wanted:
                     # the last may take the memory of the logits
@@ -232,6 +272,8 @@ class Teachers:
                         logits, centers[i, h], temperature, in_place=in_place
                     )
         self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
+        if assign:
+            self.assigned = torch.stack(assigned).unflatten(0, (len(outputs), len(HEADS)))
 
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:
         """The centred targets `[Q, B, K]` of a branch's head."""

@@ -1,0 +1,53 @@
+"""What means something only beside another branch, and what that asks of the rest of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mokd.config.ramps import factor
+
+if TYPE_CHECKING:
+    from mokd.config.objectives import DinoConfig
+    from mokd.config.run import RunConfig
+
+# keys of the objective over prototypes that a branch alone must leave at their defaults
+OF_OBJECTIVE = ("match_prototypes",)
+CROSS_TERMS = ("cross_mlp", "cross_search")
+# one matrix of all pairs of prototypes lies in the first rank's memory, 0.5 GB at this number
+MATCHED_AT_MOST = 8192
+
+
+def check_company(objective: DinoConfig, run: RunConfig) -> None:
+    """ValueError when a key of `OF_OBJECTIVE` has nothing to act on."""
+    given = [key for key in OF_OBJECTIVE if getattr(objective, key) != _default(objective, key)]
+    on = [term for term in CROSS_TERMS if getattr(objective.terms, term)]
+    for key in given:
+        if len(run.branches) == 1:
+            raise ValueError(f"objective.{key}: means nothing to a branch alone; remove it")
+        if not on:
+            raise ValueError(f"objective.{key}: both cross terms are off; remove it")
+    if objective.match_prototypes is not None:
+        _check_matching(objective, run, on)
+
+
+def _check_matching(objective: DinoConfig, run: RunConfig, on: list[str]) -> None:
+    key = "objective.match_prototypes"
+    if objective.prototypes > MATCHED_AT_MOST:
+        raise ValueError(
+            f"{key}: takes at most {MATCHED_AT_MOST} prototypes, and objective.prototypes is {objective.prototypes}"
+        )
+    if all(_counts_at_once(objective, run, term) for term in on):
+        raise ValueError(
+            f"{key}: {' and '.join(on)} count from the first step, when nothing has been seen to match by; give "
+            f"objective.ramps.{on[0]} a start"
+        )
+
+
+def _counts_at_once(objective: DinoConfig, run: RunConfig, term: str) -> bool:
+    epochs = run.optim.epochs
+    weights = [b.weight * factor(b.weight_ramp, 0, epochs) for b in run.branches if not b.frozen]
+    return factor(getattr(objective.ramps, term), 0, epochs) * max(weights) > 0.0
+
+
+def _default(section: Any, key: str) -> Any:
+    return type(section).model_fields[key].default
