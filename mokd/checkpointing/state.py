@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.reading import Checkpoint, SavedTensors
-from mokd.config import BranchConfig, RunConfig
+from mokd.config import BranchConfig, RunConfig, company
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
 from mokd.objectives.branch import Branch, TeachingBranch
@@ -20,7 +20,7 @@ from mokd.objectives.branch import Branch, TeachingBranch
 # keys that checkpoints from before them do not have; their defaults are what was done then
 _YOUNGER = {
     "branch": ("frozen", "freeze_backbone_epochs", "weight_ramp"),
-    "objective": ("ramps", "cross_same_view", "match_prototypes"),
+    "objective": ("ramps", "cross_same_view", *company.OF_OBJECTIVE),
 }
 
 OBJECTIVE_FILE = "objective"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mokd.config.run import RunConfig
 
 # keys of the objective over prototypes that a branch alone must leave at their defaults
-OF_OBJECTIVE = ("match_prototypes",)
+OF_OBJECTIVE = ("match_prototypes", "cross_gate")
 CROSS_TERMS = ("cross_mlp", "cross_search")
 # one matrix of all pairs of prototypes lies in the first rank's memory, 0.5 GB at this number
 MATCHED_AT_MOST = 8192

@@ -60,6 +60,18 @@ class TermRampsConfig(StrictModel):
     cross_search: RampConfig | None = None
 
 
+class CrossGateConfig(StrictModel):
+    """What a target from another branch weighs; default: 1."""
+
+    agreement: Annotated[
+        bool, Field(description="weigh a target by how alike the giving branch's targets of the global views are")
+    ] = False
+    gap: Annotated[
+        Probability | None,
+        Field(description="no targets for a branch from one whose mean agreement is lower by more; default: always"),
+    ] = None
+
+
 class ObjectiveConfig(StrictModel):
     """What the sections of all objectives have in common: each knows what it asks of the rest of a run."""
 
@@ -95,6 +107,7 @@ class DinoConfig(ObjectiveConfig):
             "default: never"
         ),
     ] = None
+    cross_gate: CrossGateConfig = CrossGateConfig()
     center_momentum: Annotated[Probability, Field(description="of the moving average that targets are centred by")] = (
         0.9
     )

@@ -85,7 +85,9 @@ def teacher_targets(logits: Tensor, center: Tensor | None, temperature: float) -
     return torch.softmax(shifted / temperature, dim=-1)
 
 
-def paired_cross_entropy(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def paired_cross_entropy(
+    student: Tensor, targets: Tensor, temperature: float, image_weights: Tensor | None = None
+) -> Tensor:
     """H(teacher, student) over pairs of different views, for student logits `[V, B, K]` and targets `[Q, B, K]`.
 
         for q in range(Q):
@@ -95,37 +97,40 @@ def paired_cross_entropy(student: Tensor, targets: Tensor, temperature: float) -
                         loss += -sum(p[q, b, k] * log_softmax(s[v, b] / T)[k] for k in range(K)) / B
         loss /= the number of pairs, Q * V - min(Q, V)
 
-    DINO's equations 2 and 3, as a mean.
+    DINO's equations 2 and 3, as a mean. image_weights `[B]`: a factor on what is added for image b.
     """
     scaled = student / temperature
     total, pairs = torch.zeros((), dtype=student.dtype, device=student.device), 0
     for q, target in enumerate(targets):
         for v, view in enumerate(scaled.unbind()):
             if v != q:
-                total = total + _cross_entropy(target, view)
+                total = total + _cross_entropy(target, view, image_weights)
                 pairs += 1
     return total / pairs
 
 
-def row_cross_entropy(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def row_cross_entropy(
+    student: Tensor, targets: Tensor, temperature: float, image_weights: Tensor | None = None
+) -> Tensor:
     """H(teacher, student) of views with a target each, for student logits `[L, B, K]` and targets `[L, B, K]`.
 
         for v in range(L):
             for b in range(B):
                 loss += -sum(p[v, b, k] * log_softmax(s[v, b] / T)[k] for k in range(K)) / (L * B)
 
-    The search's term: what a local view's query found is the target of that view alone.
+    The search's term: what a local view's query found is the target of that view alone. image_weights as above.
     """
     scaled = student / temperature
     total = torch.zeros((), dtype=student.dtype, device=student.device)
     for target, view in zip(targets, scaled.unbind(), strict=True):
-        total = total + _cross_entropy(target, view)
+        total = total + _cross_entropy(target, view, image_weights)
     return total / len(targets)
 
 
-def _cross_entropy(target: Tensor, scaled: Tensor) -> Tensor:
-    """The mean over images of `-sum_k p_k log_softmax(z)_k`; both `[B, K]`."""
-    return torch.sum(-target * F.log_softmax(scaled, dim=-1), dim=-1).mean()
+def _cross_entropy(target: Tensor, scaled: Tensor, image_weights: Tensor | None = None) -> Tensor:
+    """The mean over images of `-sum_k p_k log_softmax(z)_k`, times their weights `[B]`; both `[B, K]`."""
+    losses = torch.sum(-target * F.log_softmax(scaled, dim=-1), dim=-1)
+    return (losses if image_weights is None else image_weights * losses).mean()
 
 
 def next_center(center: Tensor, teacher: Tensor, momentum: float) -> Tensor:
@@ -153,6 +158,34 @@ def matched_order(first: Tensor, second: Tensor, prototypes: int) -> list[int]:
         if (agreement, in_place) > best:
             best, order = (agreement, in_place), candidate
     return order
+
+
+def view_agreement(targets: Tensor) -> Tensor:
+    """How alike a branch's targets `[Q, B, K]` of an image's views are, `[B]`: 1 where equal, 0 where disjoint.
+
+        for b in range(B):
+            for q in range(Q):
+                for r in range(q + 1, Q):
+                    agreement[b] += sum(sqrt(p[q, b, k] * p[r, b, k]) for k in range(K))
+        agreement /= the number of pairs, Q * (Q - 1) / 2
+
+    (Bhattacharyya's coefficient.)
+    """
+    total, pairs = torch.zeros_like(targets[0, :, 0]), 0
+    for q, first in enumerate(targets):
+        for second in targets[q + 1 :]:
+            total = total + torch.sqrt(first * second).sum(dim=-1)
+            pairs += 1
+    return total / pairs
+
+
+def gate(agreement: Tensor, taker: float, giver: float, gap: float | None) -> Tensor:
+    """What a giving branch's targets weigh, `[B]`, for its agreement `[B]` and both branches' mean agreements.
+
+    for b in range(B):
+        weight[b] = 0 if taker - giver > gap else agreement[b]
+    """
+    return torch.zeros_like(agreement) if gap is not None and taker - giver > gap else agreement
 
 
 # The contrastive objective: momentum contrast within a branch (MoCo, arXiv 1911.05722, equation 1), and between

@@ -21,6 +21,7 @@ from mokd.losses.prototype_loss import prototype_loss
 from mokd.losses.prototypes import HeadOutput
 from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
+from mokd.objectives.cross_gate import CrossGate, mean_target, view_agreement
 from mokd.objectives.dino_network import Network, NetworkOutput, build_network
 from mokd.objectives.prototype_matching import PrototypeMatching
 from mokd.optim.schedules import teacher_temperature
@@ -60,6 +61,8 @@ class DinoObjective:
             steps = -(-config.match_prototypes // global_batch)
             self._matching = PrototypeMatching(names, HEADS, config.prototypes, steps, device)
             self._matching.done = [not getattr(config.terms, term) for term in CROSS_TERMS]
+        gated = len(names) > 1 and (config.cross_gate.agreement or config.cross_gate.gap is not None)
+        self._gate = CrossGate(config.cross_gate, names, device) if gated else None
         # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
         self._seen: list[Tensor] = []
         self._arriving: list[dist.Work] = []
@@ -78,10 +81,12 @@ class DinoObjective:
             return self._teachers(branches, views, epoch)
 
     def remember(self, taught: Teachers) -> None:
-        """The means of the teachers' outputs, for the centres, and the prototypes that they put images to."""
+        """The means of the teachers' outputs, for the centres, and what the settings of cross terms look at."""
         self._seen.append(taught.means)
         if self._matching is not None and self._matching.collects:
             self._matching.remember(taught.assigned)
+        if self._gate is not None and taught.agreement is not None:
+            self._gate.remember(taught.agreement)
         if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
             with self._beside.begin():
                 self._arriving.append(dist.all_reduce(taught.means, async_op=True))
@@ -109,15 +114,15 @@ class DinoObjective:
         student: NetworkOutput = branch.forward_student(list(views))
         self._beside.join()
         with torch.no_grad():
+            trust = self._trust(i, others, teachers)
             mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), weights["self_mlp"])}
             if others and self._on("cross_mlp", epoch):
-                # with several others the mean of their targets is the target of the mean loss
                 given = [self._translate(teachers.probabilities(j, 0, cross), j, i, 0) for j in others]
-                probabilities = _mean(given)
-                mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"])
-                if self.config.cross_same_view:
-                    everyones = _for_all_views(probabilities, self.views.count)
-                    mlp["cross_mlp"] = Target(everyones, weights["cross_mlp"], paired=False)
+                probabilities, images = mean_target(given, trust)
+                same = self.config.cross_same_view
+                if same:
+                    probabilities = _for_all_views(probabilities, self.views.count)
+                mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"], not same, image_weights=images)
         losses = [self._head_loss(student.mlp, mlp, epoch)]
         with torch.no_grad():
             t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), weights["self_thead"])}
@@ -126,7 +131,8 @@ class DinoObjective:
                 queries = student.queries[first:]
                 found = [self._search(j, branches[j], teachers.outputs[j], queries, cross) for j in others]
                 found = [self._translate(p, j, i, 1) for p, j in zip(found, others, strict=True)]
-                t_head["cross_search"] = Target(_mean(found), weights["cross_search"], paired=False, first_view=first)
+                probabilities, images = mean_target(found, trust)
+                t_head["cross_search"] = Target(probabilities, weights["cross_search"], False, first, images)
         losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
         pooled, targets = (
@@ -141,6 +147,7 @@ class DinoObjective:
                 entropies={head: entropy(p).mean(dim=0) for head, p in by_head.items()},
                 mean_targets={head: p.mean(dim=(0, 1)) for head, p in by_head.items()},
                 centers=dict(zip(HEADS, self.centers[i], strict=True)),
+                scalars={"cross_gate": torch.stack(trust).mean()} if trust else {},
             )
 
         return BranchLoss(losses[0][0] + losses[1][0], terms, weights, observe)
@@ -158,7 +165,8 @@ class DinoObjective:
     @torch.no_grad()
     def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
-        shared = cross if len(branches) > 1 and self._on("cross_mlp", epoch) else set()
+        gated = self._gate is not None and any(self._on(term, epoch) for term in CROSS_TERMS)
+        shared = cross if gated or (len(branches) > 1 and self._on("cross_mlp", epoch)) else set()
         # nobody asks a frozen branch for targets of its own
         own = [
             set() if branch.config.frozen else {self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)}
@@ -166,7 +174,11 @@ class DinoObjective:
         ]
         outputs = [branch.teacher(views[:1]) for branch in branches]
         collects = self._matching is not None and self._matching.collects
-        return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own], assign=collects)
+        taught = Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own], assign=collects)
+        if gated:
+            everyones = [taught.probabilities(j, 0, *cross) for j in range(len(branches))]
+            taught.agreement = torch.stack([view_agreement(p) for p in everyones])
+        return taught
 
     def _search(
         self, j: int, other: TeachingBranch, teacher: NetworkOutput, queries: Tensor, temperature: float
@@ -183,6 +195,12 @@ class DinoObjective:
         if self._matching is None:
             return probabilities
         return self._matching.translate(probabilities, giver, taker, head)
+
+    def _trust(self, taker: int, givers: Sequence[int], teachers: Teachers) -> list[Tensor] | None:
+        """What every giver's targets weigh, `[B]`; None where all weigh 1."""
+        if self._gate is None or teachers.agreement is None:
+            return None
+        return [self._gate.weights(giver, taker, teachers.agreement) for giver in givers]
 
     def _on(self, term: str, epoch: int) -> bool:
         """Whether a term counts in an epoch, for one branch or another."""
@@ -210,20 +228,24 @@ class DinoObjective:
         self.centers.lerp_(seen.to(self.centers.dtype), 1.0 - self.config.center_momentum)
         self._seen.clear()
         self._arriving.clear()
-        if self._matching is not None:
-            self._matching.commit()
+        for part in (self._matching, self._gate):
+            if part is not None:
+                part.commit()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The centres, `center/<branch>/<head>`, and what the settings of cross terms remember."""
-        matching = self._matching.state_tensors() if self._matching is not None else {}
-        return {**self._center_tensors(), **matching}
+        tensors = self._center_tensors()
+        for part in (self._matching, self._gate):
+            tensors |= {} if part is None else part.state_tensors()
+        return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state_tensors` gave."""
         for key, center in self._center_tensors().items():
             center.copy_(tensors[key])
-        if self._matching is not None:
-            self._matching.load_state_tensors(tensors)
+        for part in (self._matching, self._gate):
+            if part is not None:
+                part.load_state_tensors(tensors)
 
     def _center_tensors(self) -> dict[str, Tensor]:
         places = [(i, h) for i in range(len(self.names)) for h in range(len(HEADS))]
@@ -243,7 +265,7 @@ class Teachers:
 
     temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs
     `[branches, heads, K]`. assigned `[branches, heads, Q, B]`: the prototype of the largest centred logit, where that
-    is wanted (assign).
+    is wanted (assign). agreement `[branches, B]`: of the MLP head's targets of an image's views, where it is asked for.
     """
 
     def __init__(
@@ -255,6 +277,7 @@ class Teachers:
         assign: bool = False,
     ) -> None:
         self.outputs = outputs
+        self.agreement: Tensor | None = None
         assigned = []
         self._known: dict[tuple[int, int, float], Tensor] = {}
         means = []
@@ -278,10 +301,6 @@ class Teachers:
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:
         """The centred targets `[Q, B, K]` of a branch's head."""
         return self._known[branch, head, temperature]
-
-
-def _mean(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(dim=0)
 
 
 def _for_all_views(probabilities: Tensor, views: int) -> Tensor:
