@@ -19,7 +19,7 @@ from mokd.objectives.branch import Branch, TeachingBranch
 
 # keys that checkpoints from before them do not have; their defaults are what was done then
 _YOUNGER = {
-    "branch": ("frozen", "freeze_backbone_epochs", "weight_ramp"),
+    "branch": ("frozen", "freeze_backbone_epochs", "weight_ramp", *company.OF_BRANCH),
     "objective": ("ramps", "cross_same_view", *company.OF_OBJECTIVE),
 }
 

@@ -100,7 +100,8 @@ def settings(config: RunConfig, branch: str | None = None) -> dict[str, Any]:
         for key in _IRRELEVANT_OF_BRANCH:
             del values[key]
         if len(branches) == 1:
-            del values["weight"], values["weight_ramp"]
+            for key in ("weight", "weight_ramp", *company.OF_BRANCH):
+                del values[key]
     left_out = _IRRELEVANT + (_CROSS if len(branches) == 1 else ())
     flat = {
         key: value

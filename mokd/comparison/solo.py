@@ -24,8 +24,9 @@ def solo(config: RunConfig, branch: str, *, name: str | None = None) -> RunConfi
     name = name or f"{config.name}-solo-{branch}"
     alone = config.model_copy(update={"name": name, "branches": tuple(chosen)})
     document = alone.model_dump(mode="json", by_alias=True)
-    for key in company.OF_OBJECTIVE:  # refused of a branch alone
-        document["objective"].pop(key, None)
+    for section, keys in ((document["objective"], company.OF_OBJECTIVE), (document["branches"][0], company.OF_BRANCH)):
+        for key in keys:  # refused of a branch alone
+            section.pop(key, None)
     return schema.validate(RunConfig, document, name)
 
 

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from data_pipeline.core.schema import StrictModel
 from mokd.config.ramps import factor
 
 if TYPE_CHECKING:
     from mokd.config.objectives import DinoConfig
     from mokd.config.run import RunConfig
 
-# keys of the objective over prototypes that a branch alone must leave at their defaults
+# keys of the objective over prototypes, and of its branches, that a branch alone must leave at their defaults
 OF_OBJECTIVE = ("match_prototypes", "cross_gate")
+OF_BRANCH = ("cross_student_temp",)
 CROSS_TERMS = ("cross_mlp", "cross_search")
 # one matrix of all pairs of prototypes lies in the first rank's memory, 0.5 GB at this number
 MATCHED_AT_MOST = 8192
 
 
 def check_company(objective: DinoConfig, run: RunConfig) -> None:
-    """ValueError when a key of `OF_OBJECTIVE` has nothing to act on."""
-    given = [key for key in OF_OBJECTIVE if getattr(objective, key) != _default(objective, key)]
+    """ValueError when a key of `OF_OBJECTIVE` or `OF_BRANCH` has nothing to act on."""
     on = [term for term in CROSS_TERMS if getattr(objective.terms, term)]
+    given = [f"objective.{key}" for key in _given(objective, OF_OBJECTIVE)]
+    for branch in run.branches:
+        keys = [f"branches.{branch.name}.{key}" for key in _given(branch, OF_BRANCH)]
+        if keys and branch.frozen:
+            raise ValueError(f"{keys[0]}: a frozen branch learns nothing; remove it")
+        given += keys
     for key in given:
         if len(run.branches) == 1:
-            raise ValueError(f"objective.{key}: means nothing to a branch alone; remove it")
+            raise ValueError(f"{key}: means nothing to a branch alone; remove it")
         if not on:
-            raise ValueError(f"objective.{key}: both cross terms are off; remove it")
+            raise ValueError(f"{key}: both cross terms are off; remove it")
     if objective.match_prototypes is not None:
         _check_matching(objective, run, on)
 
@@ -49,5 +56,6 @@ def _counts_at_once(objective: DinoConfig, run: RunConfig, term: str) -> bool:
     return factor(getattr(objective.ramps, term), 0, epochs) * max(weights) > 0.0
 
 
-def _default(section: Any, key: str) -> Any:
-    return type(section).model_fields[key].default
+def _given(section: StrictModel, keys: tuple[str, ...]) -> list[str]:
+    """Those of a section's keys that have another value than their default."""
+    return [key for key in keys if getattr(section, key) != type(section).model_fields[key].default]

@@ -15,7 +15,7 @@ from data_pipeline.core.schema import (
     Probability,
     StrictModel,
 )
-from mokd.config.company import check_company
+from mokd.config.company import OF_BRANCH, check_company
 from mokd.config.ramps import RampConfig, check_ramp
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class RegressionConfig(DistillationConfig):
 def _refuse_prototypes(run: RunConfig, instead: str) -> None:
     """ValueError where a branch has keys that only the objective over prototypes reads."""
     for branch in run.branches:
-        for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs"):
+        for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs", *OF_BRANCH):
             # a resolved configuration has every default written out: those mean nothing
             if getattr(branch, key) != type(branch).model_fields[key].default:
                 raise ValueError(

@@ -51,29 +51,33 @@ def four_terms(
     own_temperature: float,
     cross_temperature: float,
     student_temperature: float = 0.1,
+    cross_student_temperature: float | None = None,
     center_search: bool = False,
 ) -> dict[str, Tensor]:
     """The terms of one branch; a branch without others has the two self terms.
 
     found: for every other branch the logits `[L, B, K]` of its teacher's T-Head, asked with this branch's queries of
     the local views. The cross terms are means over the other branches (the paper has one). center_search: whether
-    the centre is taken from these logits too; the paper's search is without.
+    the centre is taken from these logits too; the paper's search is without. cross_student_temperature: of the student
+    in its cross terms, where that is another one; the paper's is the same.
     """
 
-    def paired(student: Tensor, teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
-        return paired_cross_entropy(student, teacher_targets(teacher, center, temperature), student_temperature)
+    def paired(student: Tensor, teacher: Tensor, center: Tensor, temperatures: tuple[float, float]) -> Tensor:
+        return paired_cross_entropy(student, teacher_targets(teacher, center, temperatures[0]), temperatures[1])
 
+    within = (own_temperature, student_temperature)
+    across = (cross_temperature, cross_student_temperature or student_temperature)
     terms = {
-        "self_mlp": paired(own.student_mlp, own.teacher_mlp, own.mlp_center, own_temperature),
-        "self_thead": paired(own.student_t_head, own.teacher_t_head, own.t_head_center, own_temperature),
+        "self_mlp": paired(own.student_mlp, own.teacher_mlp, own.mlp_center, within),
+        "self_thead": paired(own.student_t_head, own.teacher_t_head, own.t_head_center, within),
     }
     if others:
         learned, searched = [], []
         for other, logits in zip(others, found, strict=True):
-            learned.append(paired(own.student_mlp, other.teacher_mlp, other.mlp_center, cross_temperature))
+            learned.append(paired(own.student_mlp, other.teacher_mlp, other.mlp_center, across))
             targets = teacher_targets(logits, other.t_head_center if center_search else None, cross_temperature)
             local = own.student_t_head[-logits.shape[0] :]
-            searched.append(row_cross_entropy(local, targets, student_temperature))
+            searched.append(row_cross_entropy(local, targets, across[1]))
         terms["cross_mlp"] = torch.stack(learned).mean()
         terms["cross_search"] = torch.stack(searched).mean()
     return terms

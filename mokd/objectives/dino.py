@@ -123,7 +123,7 @@ class DinoObjective:
                 if same:
                     probabilities = _for_all_views(probabilities, self.views.count)
                 mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"], not same, image_weights=images)
-        losses = [self._head_loss(student.mlp, mlp, epoch)]
+        losses = [self._head_loss(student.mlp, mlp, epoch, branch.config)]
         with torch.no_grad():
             t_head = {"self_thead": Target(teachers.probabilities(i, 1, own), weights["self_thead"])}
             if others and self._on("cross_search", epoch):
@@ -133,7 +133,7 @@ class DinoObjective:
                 found = [self._translate(p, j, i, 1) for p, j in zip(found, others, strict=True)]
                 probabilities, images = mean_target(found, trust)
                 t_head["cross_search"] = Target(probabilities, weights["cross_search"], False, first, images)
-        losses.append(self._head_loss(student.t_head, t_head, epoch))
+        losses.append(self._head_loss(student.t_head, t_head, epoch, branch.config))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
         pooled, targets = (
             student.pooled[0].detach(),
@@ -152,15 +152,20 @@ class DinoObjective:
 
         return BranchLoss(losses[0][0] + losses[1][0], terms, weights, observe)
 
-    def _head_loss(self, output: HeadOutput, targets: dict[str, Target], epoch: int) -> tuple[Tensor, Tensor]:
-        """The weighted sum of a head's terms, and the terms."""
-        return prototype_loss(
-            output,
-            list(targets.values()),
-            self.config.student_temp,
-            train_prototypes=epoch >= self.frozen_epochs,
-            recompute=self.recompute_logits,
-        )
+    def _head_loss(
+        self, output: HeadOutput, targets: dict[str, Target], epoch: int, branch: BranchConfig
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of a head's terms, and the terms; those of each temperature of the student by themselves."""
+        by_temperature: dict[float, list[Target]] = {}
+        for term, target in targets.items():
+            own = branch.cross_student_temp if term.startswith("cross") else None
+            by_temperature.setdefault(own or self.config.student_temp, []).append(target)
+        options = {"train_prototypes": epoch >= self.frozen_epochs, "recompute": self.recompute_logits}
+        losses = [prototype_loss(output, found, temp, **options) for temp, found in by_temperature.items()]
+        if len(losses) == 1:
+            return losses[0]
+        totals, terms = zip(*losses, strict=True)
+        return torch.stack(totals).sum(), torch.cat(terms)
 
     @torch.no_grad()
     def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
