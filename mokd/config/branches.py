@@ -79,6 +79,10 @@ class BranchConfig(StrictModel):
     ] = False
     weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
     weight_ramp: Annotated[RampConfig | None, Field(description="when lambda begins to count; default: at once")] = None
+    cross_target: Annotated[
+        Literal["others", "ensemble"],
+        Field(description="of its MLP head's cross term; ensemble: of its own and all other teachers' mean logits"),
+    ] = "others"
     cross_student_temp: Annotated[
         PositiveFloat | None,
         Field(description="temperature of the student in its cross terms; default: objective.student_temp"),

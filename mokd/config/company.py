@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # keys of the objective over prototypes, and of its branches, that a branch alone must leave at their defaults
 OF_OBJECTIVE = ("match_prototypes", "cross_gate")
-OF_BRANCH = ("cross_student_temp",)
+OF_BRANCH = ("cross_student_temp", "cross_target")
 CROSS_TERMS = ("cross_mlp", "cross_search")
 # one matrix of all pairs of prototypes lies in the first rank's memory, 0.5 GB at this number
 MATCHED_AT_MOST = 8192
@@ -27,6 +27,8 @@ def check_company(objective: DinoConfig, run: RunConfig) -> None:
         keys = [f"branches.{branch.name}.{key}" for key in _given(branch, OF_BRANCH)]
         if keys and branch.frozen:
             raise ValueError(f"{keys[0]}: a frozen branch learns nothing; remove it")
+        if branch.cross_target != "others" and on == ["cross_search"]:
+            raise ValueError(f"branches.{branch.name}.cross_target: objective.terms.cross_mlp is off; remove it")
         given += keys
     for key in given:
         if len(run.branches) == 1:

@@ -192,6 +192,17 @@ def gate(agreement: Tensor, taker: float, giver: float, gap: float | None) -> Te
     return torch.zeros_like(agreement) if gap is not None and taker - giver > gap else agreement
 
 
+def ensemble_logits(logits: Sequence[Tensor], centers: Sequence[Tensor]) -> Tensor:
+    """What the teachers of N branches say together, `[Q, B, K]`, centred, for the logits and centres of each.
+
+        for n in range(N):
+            together += (t[n] - c[n]) / N
+
+    Over a temperature its softmax is the normalised geometric mean of the branches' targets.
+    """
+    return torch.stack([t - c for t, c in zip(logits, centers, strict=True)]).mean(dim=0)
+
+
 # The contrastive objective: momentum contrast within a branch (MoCo, arXiv 1911.05722, equation 1), and between
 # branches the same against a key that is extracted, matched and aligned from what the other branch shows.
 

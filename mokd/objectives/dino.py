@@ -23,6 +23,7 @@ from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
 from mokd.objectives.cross_gate import CrossGate, mean_target, view_agreement
 from mokd.objectives.dino_network import Network, NetworkOutput, build_network
+from mokd.objectives.ensemble import Ensemble
 from mokd.objectives.prototype_matching import PrototypeMatching
 from mokd.optim.schedules import teacher_temperature
 
@@ -117,7 +118,11 @@ class DinoObjective:
             trust = self._trust(i, others, teachers)
             mlp = {"self_mlp": Target(teachers.probabilities(i, 0, own), weights["self_mlp"])}
             if others and self._on("cross_mlp", epoch):
-                given = [self._translate(teachers.probabilities(j, 0, cross), j, i, 0) for j in others]
+                if branch.config.cross_target == "ensemble":
+                    assert teachers.ensemble is not None
+                    given = [self._translate(teachers.ensemble, 0, i, 0)] * len(others)
+                else:
+                    given = [self._translate(teachers.probabilities(j, 0, cross), j, i, 0) for j in others]
                 probabilities, images = mean_target(given, trust)
                 same = self.config.cross_same_view
                 if same:
@@ -179,7 +184,13 @@ class DinoObjective:
         ]
         outputs = [branch.teacher(views[:1]) for branch in branches]
         collects = self._matching is not None and self._matching.collects
-        taught = Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own], assign=collects)
+        ensemble = None
+        if self._on("cross_mlp", epoch) and any(branch.config.cross_target == "ensemble" for branch in branches):
+            ensemble = Ensemble(lambda logits, giver: self._translate(logits, giver, 0, 0))
+        temperatures = [(mine | shared, mine) for mine in own]
+        taught = Teachers(outputs, self.centers, temperatures, assign=collects, ensemble=ensemble)
+        if ensemble is not None:
+            taught.ensemble = ensemble.probabilities(*cross)
         if gated:
             everyones = [taught.probabilities(j, 0, *cross) for j in range(len(branches))]
             taught.agreement = torch.stack([view_agreement(p) for p in everyones])
@@ -270,7 +281,8 @@ class Teachers:
 
     temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs
     `[branches, heads, K]`. assigned `[branches, heads, Q, B]`: the prototype of the largest centred logit, where that
-    is wanted (assign). agreement `[branches, B]`: of the MLP head's targets of an image's views, where it is asked for.
+    is wanted (assign). agreement `[branches, B]`: of the MLP head's targets of an image's views, and
+    ensemble `[Q, B, K]`: the target that all MLP heads make together, where they are asked for.
     """
 
     def __init__(
@@ -280,8 +292,10 @@ class Teachers:
         temperatures: Sequence[Sequence[set[float]]],
         *,
         assign: bool = False,
+        ensemble: Ensemble | None = None,
     ) -> None:
         self.outputs = outputs
+        self.ensemble: Tensor | None = None
         self.agreement: Tensor | None = None
         assigned = []
         self._known: dict[tuple[int, int, float], Tensor] = {}
@@ -292,6 +306,8 @@ class Teachers:
                 means.append(logits.mean(dim=(0, 1)))
                 if assign:
                     assigned.append((logits - centers[i, h]).argmax(dim=-1))
+                if ensemble is not None and h == 0:
+                    ensemble.add(i, logits, centers[i, h])
                 wanted = sorted(temperatures[i][h])
                 for temperature in wanted:
                     # the last may take the memory of the logits
