@@ -10,8 +10,8 @@ over all ranks, S steps.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class PrototypeMatching:
     def __init__(
         self, names: Sequence[str], heads: Sequence[str], prototypes: int, steps: int, device: torch.device
     ) -> None:
-        if importlib.util.find_spec("scipy") is None:
+        if find_spec("scipy") is None:
             raise UserError("objective.match_prototypes: needs SciPy: pip install 'mokd[matching]'")
         self.names, self.heads, self.prototypes, self.steps = list(names), list(heads), prototypes, steps
         shape = (len(names), len(heads), prototypes)

@@ -13,6 +13,7 @@ from data_pipeline.core.errors import UserError
 from mokd.comparison.solo import solo
 from mokd.losses.kernels import cpu
 from mokd.losses.reference import matched_order
+from mokd.objectives import prototype_matching
 from mokd.objectives.branch import Branch
 from mokd.objectives.dino import HEADS, DinoObjective
 from mokd.objectives.prototype_matching import PrototypeMatching, best_order, co_assignment
@@ -205,6 +206,12 @@ def test_translated_targets_lie_as_the_compiled_loss_wants_them() -> None:
 def test_where_there_is_nothing_to_match_it_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=f"objective.match_prototypes: .*{says}"):
         tiny_config(**{**MATCHED, **changes})
+
+
+def test_without_scipy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prototype_matching, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"objective.match_prototypes: needs SciPy: pip install 'mokd\[matching\]'"):
+        build([RESNET, VIT], **MATCHED)
 
 
 def test_other_objectives_have_no_such_key() -> None:
