@@ -46,7 +46,7 @@ class BetonWriter:
     def __init__(self, output: Path, capacity: int, identity: dict[str, Any]) -> None:
         self.count = 0
         self.skipped: list[tuple[str, str]] = []
-        self._output, self._identity = output, identity
+        self._output, self._identity, self._unflushed = output, identity, 0
         self._records, self._table = np.zeros(capacity, RECORD), np.zeros(capacity, ALLOCATION)
         self._checksums = np.zeros(capacity, np.uint32)
         self._position = -(-(RECORDS_START + self._records.nbytes) // PAGE_SIZE) * PAGE_SIZE
@@ -139,8 +139,14 @@ class BetonWriter:
     def _log(self, line: dict[str, Any]) -> None:
         assert self._journal is not None
         self._journal.write(json.dumps(line) + "\n")
-        if self.done % _FLUSH_EVERY == 0:
-            self._journal.flush()  # after the data, which no buffer holds: the line vouches for them
+        self._unflushed += 1
+        if self._unflushed >= _FLUSH_EVERY:
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._journal is not None
+        self._journal.flush()  # after the data, which no buffer holds: the line vouches for them
+        self._unflushed = 0
 
     def _write_at(self, position: int, *parts: bytes) -> None:
         descriptor, size = self._beton.fileno(), sum(map(len, parts))
@@ -153,13 +159,12 @@ class BetonWriter:
 
         head: the fields of `Manifest` that the writer does not know. workers: threads to read with.
         """
-        assert self._journal is not None
         records, table = self._records[: self.count].tobytes(), self._table[: self.count].tobytes()
         header = header_bytes(self.count, PAGE_SIZE, self._position)
         self._write_at(self._position, table)
         self._beton.truncate(self._position + len(table))
         self._write_at(0, header + records)
-        self._journal.flush()
+        self._flush()
         os.fsync(self._beton.fileno())
         self._read_back(header + records, workers)
         size = self._position + len(table)
