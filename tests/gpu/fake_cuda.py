@@ -19,12 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mokd.config import RunConfig
+from mokd.distributed.host_copy import constant
 from mokd.losses import prototype_loss
 from mokd.losses.kernels import plain
 from mokd.models import sync_batchnorm
 from mokd.objectives.base import build_objective, build_pair
 from mokd.objectives.branch import Branch, single_process
-from mokd.optim import optimizer as optimizer_module
 from mokd.optim.optimizer import BranchOptimizer
 from mokd.optim.precision import view_dtype
 from mokd.parallel.parallelize import _use_channels_last
@@ -84,7 +84,7 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
         # and torch would choose the attention that is not fused
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash))
         # fake constants are no use to others
-        for kept in (prototype_loss._constant, sync_batchnorm._counts, optimizer_module._constant):
+        for kept in (constant, sync_batchnorm._counts):
             stack.callback(kept.cache_clear)
         stack.enter_context(FakeTensorMode())
         branches = []
