@@ -85,11 +85,11 @@ def test_a_wrong_key_or_value_is_named_in_one_line(override: str, says: str, tmp
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(tiny()))
     with pytest.raises(UserError) as caught:
-        load_config(file, [override])
+        load_config(file, ["data.workers=3", override])
     message = str(caught.value)
     assert says in message
     assert "\n" not in message
-    assert override in message
+    assert "workers" not in message  # nor any other override that is right
 
 
 def test_overrides_reach_into_lists_by_name_and_keep_defaults(tmp_path: Path) -> None:

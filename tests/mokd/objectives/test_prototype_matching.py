@@ -82,7 +82,7 @@ def test_a_branch_with_its_prototypes_elsewhere_is_recognised() -> None:
         expected = moved[head].argsort()
         assert torch.equal(order[used[head]].long(), expected[used[head]])
         assert torch.equal(order.sort().values.long(), torch.arange(K))
-    targets = teachers.probabilities(1, 0, 0.04)
+    targets = teachers.probabilities(1, 0, 0.07)  # the temperature does not change which is largest
     assert torch.equal(matching(objective).translate(targets, 1, 0, 0).argmax(-1), used[0].view(targets.shape[:2]))
 
 
