@@ -79,7 +79,7 @@ def test_launched_from_inside(cluster: Cluster, beton: Path, image: Path, tmp_pa
     assert launched.returncode == 0, launched.stderr
     run = RunDirectory(root / "inside")
     assert finished(run).step == 4, logs(run)
-    script = next(run.jobs.glob("submission_file_*.sh")).read_text()
+    script = next(run.jobs.glob("*_submission.sh")).read_text()
     assert f"{image} env -u PYTHONHOME PYTHONPATH={run.path}/code" in script.partition("launcher.slurm.supervisor")[0]
 
 
