@@ -42,7 +42,9 @@ RANKS = "one rank in place of several: tests/mokd/distributed and others have mo
 SMALL = (
     "branches.resnet50.backbone=test_resnet branches.vit_s.backbone=test_vit branches.vit_s.drop_path=0 "
     "branches.vit_s.backbone_options={patch_size:8} views.global_crops.size_px=32 views.local_crops.size_px=16 "
-    "optim.global_batch=8 optim.max_steps=2 evaluation.resize_px=36 evaluation.crop_px=32"
+    "optim.global_batch=8 optim.max_steps=2 evaluation.resize_px=36 evaluation.crop_px=32 "
+    # in bf16 on CPUs the gradient of a convolution from 2x2 to 1x1 pixels has been seen to be NaN now and then
+    "precision.compute=fp32"
 )
 
 RULES: dict[str, dict[str, Short | None]] = {

@@ -30,6 +30,7 @@ class Finder:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
 sys.meta_path.insert(0, Finder())
 runpy.run_module("launcher.cli", run_name="__main__", alter_sys=True)
 """

@@ -7,7 +7,9 @@ import signal
 
 def main() -> None:
     """Imports the command line, then runs it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as in a job in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from launcher.cli.main import main as run
 
     signal.signal(signal.SIGINT, before)
