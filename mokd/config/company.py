@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # keys of the objective over prototypes, and of its branches, that a branch alone must leave at their defaults
 OF_OBJECTIVE = ("match_prototypes", "cross_gate")
 OF_BRANCH = ("cross_student_temp", "cross_target")
-CROSS_TERMS = ("cross_mlp", "cross_search")
+CROSS_TERMS = ("cross_mlp", "cross_search")  # of the MLP head and of the T-Head
 # one matrix of all pairs of prototypes lies in the first rank's memory, 0.5 GB at this number
 MATCHED_AT_MOST = 8192
 

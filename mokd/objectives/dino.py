@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mokd.config import BranchConfig, DinoConfig, RunConfig
+from mokd.config.company import CROSS_TERMS
 from mokd.config.ramps import factor
 from mokd.distributed.process_group import world_size
 from mokd.distributed.side_stream import SideStream
@@ -30,7 +31,6 @@ from mokd.optim.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
 TERMS = ("self_mlp", "self_thead", "cross_mlp", "cross_search")
-CROSS_TERMS = TERMS[2:]  # of each head, the one whose targets come from others
 
 
 class DinoObjective:
@@ -159,7 +159,6 @@ class DinoObjective:
         totals, terms = zip(*losses, strict=True)
         return torch.stack(totals).sum(), torch.cat(terms)
 
-    @torch.no_grad()
     def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
         gated = self._gate is not None and any(self._on(term, epoch) for term in CROSS_TERMS)

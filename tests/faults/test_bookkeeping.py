@@ -75,15 +75,21 @@ def test_cancelled_without_accounting(
     assert read_status(run).state == read_status(waiting).state == "cancelled"
 
 
+def started_on_a_full_disk(cluster: Cluster, beton: Path, disk: Path) -> tuple[RunDirectory, str, Path]:
+    """A run whose job has begun while its disk is full: the run, the job, and the file that fills the disk."""
+    run = train(config(beton, "full"), disk, nodes=1, sbatch={"begin": "now+1hour"})
+    job = job_of(run)
+    (filler,) = fill(disk, "room", 0)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for("the start", lambda: (found := client.find_job(job)) is not None and found.state == "RUNNING")
+    return run, job, filler
+
+
 @pytest.mark.fault(33)
 @pytest.mark.timeout(300)
 def test_run_directory_full_at_a_start(cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record) -> None:
     with small_file_system(tmp_path / "small", "size=64m") as disk:
-        run = train(config(beton, "full"), disk, nodes=1, sbatch={"begin": "now+1hour"})
-        job = job_of(run)
-        (filler,) = fill(disk, "room", 0)
-        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        wait_for("the start", lambda: (found := client.find_job(job)) is not None and found.state == "RUNNING")
+        run, job, filler = started_on_a_full_disk(cluster, beton, disk)
         time.sleep(5.0)
         assert not Records(run).attempt_facts(1), "the attempt was recorded on a full disk"
         filler.unlink()
@@ -99,11 +105,7 @@ def test_signal_while_the_run_directory_is_full(
     cluster: Cluster, beton: Path, tmp_path: Path, record_property: Record
 ) -> None:
     with small_file_system(tmp_path / "small", "size=64m") as disk:
-        run = train(config(beton, "full"), disk, nodes=1, sbatch={"begin": "now+1hour"})
-        job = job_of(run)
-        (filler,) = fill(disk, "room", 0)
-        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        wait_for("the start", lambda: (found := client.find_job(job)) is not None and found.state == "RUNNING")
+        run, job, filler = started_on_a_full_disk(cluster, beton, disk)
         time.sleep(7.0)  # into the third pause, which is one of 15 s
         asked = time.time()
         cluster.run("scancel", "--full", "--signal=USR2", job)
