@@ -87,6 +87,10 @@ class DinoConfig(ObjectiveConfig):
 
     kind: Annotated[Literal["dino"], Field(description="self- and cross-distillation over prototypes")] = "dino"
     prototypes: Annotated[PositiveInt, Field(description="K, of every head")] = 65536
+    prototype_scale: Annotated[
+        PositiveFloat,
+        Field(description="first length of their directions over the method's; below 1: each step turns them further"),
+    ] = 1.0
     t_head: THeadConfig = THeadConfig()
     terms: TermsConfig = TermsConfig()
     ramps: TermRampsConfig = TermRampsConfig()

@@ -73,7 +73,7 @@ class HeadOutput(NamedTuple):
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at `gain`.
+    """Weight-normalised linear layer C -> K without bias: `w = g v / |v|`, g starting at `gain`, |v| at 0.577 `scale`.
 
     `lends_storage`: whether the parameters may be read after the forward pass. Sharding, which frees them then, sets it
     to False; a copy is given in their place.
@@ -81,12 +81,12 @@ class Prototypes(nn.Module):
 
     lends_storage = True
 
-    def __init__(self, width: int, count: int, *, train_gain: bool, gain: float = 1.0) -> None:
+    def __init__(self, width: int, count: int, *, train_gain: bool, gain: float = 1.0, scale: float = 1.0) -> None:
         super().__init__()
         self.direction = nn.Parameter(torch.empty(count, width))
         self.gain = nn.Parameter(torch.full((count, 1), gain), requires_grad=train_gain)
         # as a linear layer's weight is by default; the length of a direction says how far a step turns it
-        nn.init.uniform_(self.direction, -(width**-0.5), width**-0.5)
+        nn.init.uniform_(self.direction, -scale * width**-0.5, scale * width**-0.5)
 
     def forward(self) -> PrototypeWeight:
         """The weight by its parts; the norms are computed here, once for all rows of a pass."""

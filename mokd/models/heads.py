@@ -48,11 +48,11 @@ def unit_vectors(x: Tensor) -> Tensor:
 class MlpHead(nn.Module):
     """Linear layers with GELU between, L2 normalisation; the prototypes come after, in `last_layer`."""
 
-    def __init__(self, config: MlpHeadConfig, width: int, prototypes: int) -> None:
+    def __init__(self, config: MlpHeadConfig, width: int, prototypes: int, scale: float = 1.0) -> None:
         super().__init__()
         widths = [width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
         self.mlp = mlp(widths, batch_norm=config.batch_norm)
-        self.last_layer = Prototypes(config.bottleneck, prototypes, train_gain=config.train_gain)
+        self.last_layer = Prototypes(config.bottleneck, prototypes, train_gain=config.train_gain, scale=scale)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Unit vectors `[B, C]` for pooled features `[B, D]`."""
@@ -62,7 +62,9 @@ class MlpHead(nn.Module):
 class THead(nn.Module):
     """Transformer blocks over the dense features, optionally with another branch's query among them."""
 
-    def __init__(self, config: THeadConfig, shapes: BackboneShapes, global_px: int, prototypes: int) -> None:
+    def __init__(
+        self, config: THeadConfig, shapes: BackboneShapes, global_px: int, prototypes: int, scale: float = 1.0
+    ) -> None:
         super().__init__()
         d = config.width
         # a transformer whose tokens have the right width already is taken as it is
@@ -77,7 +79,7 @@ class THead(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = norm(d)
-        self.last_layer = Prototypes(d, prototypes, train_gain=True, gain=config.gain)
+        self.last_layer = Prototypes(d, prototypes, train_gain=True, gain=config.gain, scale=scale)
         self.blocks.apply(init_linear)
         nn.init.trunc_normal_(self.position, std=0.02)
 

@@ -58,9 +58,9 @@ class DinoObjective:
     def build_network(self, config: BranchConfig, images_per_rank: int, *, student: bool) -> Network:
         """The student or teacher of one branch."""
         backbone, shapes = build_for_views(config, self.views, student=student, images_per_rank=images_per_rank)
-        prototypes = self.config.prototypes
-        mlp_head = MlpHead(config.mlp_head, shapes.pooled_width, prototypes)
-        t_head = THead(self.config.t_head, shapes, self.views.global_crops.size_px, prototypes)
+        prototypes, scale = self.config.prototypes, self.config.prototype_scale
+        mlp_head = MlpHead(config.mlp_head, shapes.pooled_width, prototypes, scale)
+        t_head = THead(self.config.t_head, shapes, self.views.global_crops.size_px, prototypes, scale)
         return Network(backbone, mlp_head, t_head)
 
     @torch.no_grad()
