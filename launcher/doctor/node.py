@@ -39,7 +39,10 @@ def open_files(here: Surroundings) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES_ENOUGH:
         return Finding("ok", str(soft))
-    mend = f"cluster.setup: [ulimit -n {hard if 0 < hard < 65536 else 65536}]"
+    if hard == soft:  # only who set it can raise it
+        mend = "raise the hard limit: --ulimit nofile=65536 of a container, LimitNOFILE of slurmd's unit"
+    else:
+        mend = f"cluster.setup: [ulimit -n {hard if 0 < hard < 65536 else 65536}]"
     return Finding("problem" if soft < FILES_LEAST else "warning", f"at most {soft} at once", mend)
 
 

@@ -62,19 +62,21 @@ def test_interface_that_is_not_there() -> None:
     assert "ib77" in found.message
 
 
-def test_open_files_lowered() -> None:
+@pytest.mark.parametrize(("hard", "mend"), [(256, "LimitNOFILE"), (1024, "ulimit -n 1024")])
+def test_open_files_lowered(hard: int, mend: str) -> None:
     program = (
         "from launcher.doctor import node; from launcher.doctor.finding import Surroundings; "
-        "f = node.open_files(Surroundings()); print(f.level, f.message)"
+        "f = node.open_files(Surroundings()); print(f.level, f.message, f.mend)"
     )
 
     def lower() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 
     done = subprocess.run(
         [sys.executable, "-c", program], preexec_fn=lower, env=here(), capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "problem at most 256 at once"
+    assert done.stdout.startswith("problem at most 256 at once ")
+    assert mend in done.stdout
 
 
 def test_small_shared_memory(tmp_path: Path) -> None:
