@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -79,3 +80,18 @@ def test_who_is_the_first() -> None:
     assert first_of_ranks({"SLURM_PROCID": "3"})  # an interactive allocation, without a step
     assert not first_of_ranks({"SLURM_PROCID": "3", "SLURM_STEP_ID": "0"})
     assert not first_of_ranks({"RANK": "1"})
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_a_rank_do_not_spin_unless_they_are_told_to(given: dict[str, str], policy: str) -> None:
+    """OpenMP says itself what it has read; it does so once, when torch loads it."""
+    around = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    said = subprocess.run(
+        [sys.executable, "-c", "import mokd.training.entry"],
+        env={**around, **given, "OMP_DISPLAY_ENV": "TRUE"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert f"OMP_WAIT_POLICY = '{policy}'" in said
