@@ -61,6 +61,9 @@ def test_the_better_half_goes_on_and_every_trial_is_on_record(monkeypatch: pytes
     assert lines[1]["branches"]["resnet"] == {"solo": 50.0, "pair": 49.5, "gain": -0.5, "ci95": [-1.5, 0.5]}
     assert (lines[1]["least_gain"], lines[1]["mean_gain"], lines[1]["seeds"]) == (-0.5, 2.25, [0, 1])
     assert {"commit", "processor"} <= lines[0]["machine"].keys()
+    again = trials.halving(tiny_config(), VARIANTS, [1, 2, 3], [0, 1], tmp_path, 1, record, said.append)
+    assert again == best
+    assert len(record.read_text().splitlines()) == len(lines)
 
 
 def test_what_fails_is_on_record_and_goes_no_further(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
