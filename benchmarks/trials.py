@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import statistics
 import sys
@@ -29,6 +30,7 @@ from data_pipeline.core.errors import DataError, UserError
 from mokd.config import RunConfig, load_config
 from mokd.runs.exit_codes import EXIT_STOPPED
 
+LONGEST_NAME = 150  # a run's directory has its seed and branch in its name too, and file systems end at 255
 RECORD = ROOT / "benchmarks" / "results" / "trials.jsonl"
 Variant = tuple[str, ...]
 
@@ -66,7 +68,10 @@ def trial(
     config: RunConfig, variant: Variant, epochs: int, seeds: Sequence[int], root: Path, nproc: int, say: Say
 ) -> dict[str, Any]:
     """What is recorded of a variant: gains with intervals by branch, or why there are none."""
-    name = "-".join([config.name, *(part.replace("/", "_") for part in variant), f"{epochs}-epochs"])
+    told = "-".join(variant)
+    if len(told) > LONGEST_NAME:
+        told = hashlib.sha256(told.encode()).hexdigest()[:12]  # of a directory; the line has the variant
+    name = "-".join(filter(None, [config.name, told, f"{epochs}-epochs"]))
     line: dict[str, Any] = {"config": config.name, "variant": list(variant), "epochs": epochs, "seeds": list(seeds)}
     try:
         changed = _changed(config, variant, epochs, name)

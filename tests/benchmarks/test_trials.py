@@ -28,12 +28,14 @@ class Trained:
 
     def __init__(self, fails: tuple[float, int] | None = None) -> None:
         self.asked: list[tuple[float, int]] = []
+        self.names: list[str] = []
         self.fails = fails
 
     def __call__(self, configs: list[RunConfig], seeds: Any, tasks: Any, *rest: Any) -> Any:
         (config,) = configs
         weight, epochs = config.branches[1].weight, config.optim.epochs
         self.asked.append((weight, epochs))
+        self.names.append(config.name)
         if (weight, epochs) == self.fails:
             raise DataError("it has failed")
         found = {
@@ -77,6 +79,18 @@ def test_what_fails_is_on_record_and_goes_no_further(monkeypatch: pytest.MonkeyP
     assert "did you mean 'weight'" in failed[variants[2], 1]
     assert failed[variants[0], 2] == "it has failed"
     assert best == []
+
+
+def test_many_settings_still_name_a_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained = Trained()
+    monkeypatch.setattr(trials, "run", trained)
+    common = tuple(f"objective.ramps.{term}.start={n}" for term in ("cross_search", "cross_mlp") for n in range(5))
+    for variant in ((*common, "branches.vit.weight=0.5"), (*common, "branches.vit.weight=0.6")):
+        line = trials.trial(tiny_config(), variant, 9, [0], tmp_path, 1, print)
+        assert line["variant"] == list(variant)
+    for name in set(trained.names):
+        (tmp_path / f"{name}-seed-10-solo-resnet").mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.slow
