@@ -54,6 +54,7 @@ wheel: setup
 
 docs: setup
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@# without a notice about other tools
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --site-dir build/site
 	@echo build/site/index.html
 
