@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.machine import ROOT, describe
 from data_pipeline.core.errors import DataError
 
@@ -95,7 +97,7 @@ def run(before: Path, config: Path, rounds: int) -> dict[str, Any]:
         },
         "all_seconds": found,
         "rounds": rounds,
-        "config": config.name,
+        "config": yaml.safe_load(config.read_text(encoding="utf-8")),
         "before": commit.stdout.strip(),
         "machine": describe(_PACKAGES, ["launcher", "mokd", "data_pipeline"]),
     }

@@ -7,6 +7,7 @@ same losses, before and after an update, or no clock runs.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,16 @@ class Effort:
 QUICK = Effort(rounds=1, steps=1, warmup=1)
 
 
+def counting_flops() -> FlopCounterMode:
+    """torch's counter, which does not know the product of oneDNN's linear layers (`mokd.models.linear`)."""
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build of torch
+
+    def flops(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(rows) * weight[0]
+
+    return FlopCounterMode(display=False, custom_mapping={product: flops} if product else None)
+
+
 def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     """Everything, for one rank of a configuration. DataError when contenders compute different losses."""
     device = pick_device(Ranks(), config.parallel.device)
@@ -61,7 +72,7 @@ def run(config: RunConfig, effort: Effort, say: Say) -> dict[str, Any]:
     say("checking that both compute the same losses")
     step = same_losses(contenders, views, config.precision.compute)
     seconds = alternate(contenders, views, step, effort, device, say)
-    with FlopCounterMode(display=False) as counter:
+    with counting_flops() as counter:
         contenders["plain"](views, step)  # which computes nothing twice that would count
     flops = counter.get_total_flops() / pairs["ours"].images
     say("the step with monitors and without")

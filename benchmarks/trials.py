@@ -94,7 +94,7 @@ def _changed(config: RunConfig, variant: Variant, epochs: int, name: str) -> Run
 
 
 def _add(record: Path, line: dict[str, Any]) -> None:
-    """Unless it stands there already: called again, finished runs answer as before, at another time."""
+    """Adds a line that does not stand there yet: called again, finished runs answer as before, at another time."""
     record.parent.mkdir(parents=True, exist_ok=True)
     lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
     if any({**json.loads(old), "machine": None} == {**line, "machine": None} for old in lines):

@@ -1,6 +1,7 @@
 """The two heads of a network: MLP head over the pooled feature, T-Head over the dense ones.
 
-Shape letters: B rows, N tokens, d width of the T-Head, C width before the prototypes, K prototypes.
+Shape letters: B rows, N tokens, d width of the T-Head, C width before the prototypes, K prototypes. `scale` is that of
+`Prototypes`.
 """
 
 from __future__ import annotations

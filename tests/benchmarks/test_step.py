@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import scaling, step, step_ours
 from benchmarks.step_ours import FIRST_STEP, OurStep, Pair
 from benchmarks.step_plain import PlainStep
 from data_pipeline.core.errors import DataError
 from data_pipeline.core.schema import dump_yaml
+from mokd.models.linear import OneDnnLinear
 from tests.support import RESNET, THIRD, VIT, mokd, tiny_config
 
 CPU = torch.device("cpu")
@@ -82,3 +84,16 @@ def test_scaling_measures_real_ranks() -> None:
     assert result["efficiency"]["1"] == 1.0
     assert all(rate > 0 for rate in result["images_per_second"].values())
     assert all(0 < e <= 1 for link in result["computed"]["efficiency"].values() for e in link.values())
+
+
+def test_products_of_onednn_are_counted_as_those_of_torch() -> None:
+    """On every processor: where oneDNN is not chosen, its layers are asked for here."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch is built without oneDNN")
+    x, layer, counts = torch.randn(3, 5, 8, requires_grad=True), nn.Linear(8, 6), []
+    for make in (nn.Linear, OneDnnLinear):
+        layer.__class__ = make
+        with step.counting_flops() as counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 15 * 8 * 6
