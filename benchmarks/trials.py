@@ -28,6 +28,7 @@ from benchmarks.machine import ROOT, describe
 from data_pipeline.core import schema
 from data_pipeline.core.errors import DataError, UserError
 from mokd.config import RunConfig, load_config
+from mokd.distributed.local_ranks import leave_at_once
 from mokd.runs.exit_codes import EXIT_STOPPED
 
 LONGEST_NAME = 150  # a run's directory has its seed and branch in its name too, and file systems end at 255
@@ -163,4 +164,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # after images were read here and ranks started, the ordinary end waits for ever for Numba's threads (TBB), which
+    # Numba has ended before the fork
+    leave_at_once(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from benchmarks import trials
 from benchmarks.gain import run
+from benchmarks.machine import ROOT
 from data_pipeline.core.errors import DataError, UserError
 from mokd.config import RunConfig
 from tests.benchmarks.test_gain import evaluated
@@ -106,6 +109,26 @@ def test_with_real_training(beton: Path, tmp_path: Path) -> None:
     # both variants share the baselines of their length
     assert len(list((tmp_path / "runs").glob("*solo-vit"))) == 2
     assert run is trials.run
+
+
+def test_it_ends_after_images_were_read_and_ranks_started(beton: Path, tmp_path: Path) -> None:
+    """As when it is stopped while training: the ordinary end of Python has been seen to wait for ever then."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "0.jpg").touch()
+    ends = f"""
+import runpy, sys
+from pathlib import Path
+from data_pipeline.loaders.build import build_eval_loader
+from mokd.distributed.local_ranks import supervise
+sizes = dict(resize_px=32, crop_px=32, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=8, workers=1)
+for batch in build_eval_loader(Path({str(beton)!r}), **sizes):
+    pass
+supervise([sys.executable, "-c", ""], 1)
+sys.argv = ["trials", "--split", {str(tmp_path / "images")!r}, {str(tmp_path / "lists")!r}]
+runpy.run_module("benchmarks.trials", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2), done.stderr
 
 
 def test_a_split_deals_out_every_class_and_can_be_converted(tmp_path: Path) -> None:
