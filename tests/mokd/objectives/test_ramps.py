@@ -1,4 +1,4 @@
-"""Weights that begin to count during a run."""
+"""Weights that begin, or cease, to count during a run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.support import CONTRASTIVE, RESNET, VIT, losses_of, single_branch, ti
 
 IMAGES = 4
 LATE = {"start": 1.0, "length": 2.0}  # 0, 0, 1/2, 1, ... from epoch 0 on
+EARLY = {**LATE, "first": 1.0, "last": 0.0}  # 1, 1, 1/2, 0, ...
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,8 @@ LATE = {"start": 1.0, "length": 2.0}  # 0, 0, 1/2, 1, ... from epoch 0 on
         (LATE, [0, 0, 0.5, 1]),
         ({"start": 0.25, "length": 0.5, "unit": "run"}, [0, 0, 0.5, 1]),
         ({"length": 4}, [0, 0.25, 0.5, 0.75]),
+        (EARLY, [1, 1, 0.5, 0]),
+        ({"start": 2, "first": 0.2, "last": 3}, [0.2, 0.2, 3, 3]),
     ],
 )
 def test_the_factor_by_epoch(ramp: dict[str, Any], factors: list[float]) -> None:
@@ -64,6 +67,20 @@ def test_a_cross_term_waits_as_if_it_were_off_and_then_is_the_methods(term: str)
     ramp = {f"objective__ramps__{term}": LATE}
     assert_same(found(1, **ramp), found(1, **{f"objective__terms__{term}": False}))
     assert_same(found(3, **ramp), found(3))
+
+
+@pytest.mark.parametrize("term", ["cross_mlp", "cross_search"])
+def test_a_cross_term_ends_as_if_it_were_off(term: str) -> None:
+    ramp = {f"objective__ramps__{term}": EARLY}
+    assert_same(found(1, **ramp), found(1))
+    assert_same(found(3, **ramp), found(3, **{f"objective__terms__{term}": False}))
+
+
+def test_one_branch_goes_on_learning_from_another_that_no_longer_does() -> None:
+    ends = found(3, branches=[{**RESNET, "weight_ramp": EARLY}, VIT])
+    never = found(3, branches=[{**RESNET, "weight": 0.0}, VIT])
+    assert_same(ends, never)
+    assert_same(ends[1:], found(3, branches=[RESNET, VIT])[1:])
 
 
 def test_on_its_way_a_weight_is_a_part_of_itself() -> None:
@@ -105,6 +122,8 @@ def test_recorded_steps_are_told_apart_by_what_weights_they_have() -> None:
 def test_a_weight_that_never_counts_is_refused() -> None:
     with pytest.raises(UserError, match=r"objective.ramps.cross_mlp: .* 3 epochs"):
         tiny_config(objective__ramps__cross_mlp={"start": 3.0})
+    with pytest.raises(UserError, match=r"objective.ramps.cross_mlp: .* 3 epochs"):
+        tiny_config(objective__ramps__cross_mlp={"last": 0.0})
     with pytest.raises(UserError, match=r"branches.vit.weight_ramp: .* 3 epochs"):
         tiny_config(branches=[RESNET, {**VIT, "weight_ramp": {"start": 1.0, "unit": "run"}}])
 
