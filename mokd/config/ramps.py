@@ -29,14 +29,6 @@ class RampConfig(StrictModel):
         return self.first + part * (self.last - self.first)
 
 
-def factor(self, epoch: int, epochs: int) -> float:
-        """In an epoch, counted from 0, of a run of so many epochs."""
-        now = epoch if self.unit == "epochs" else epoch / epochs
-        if now < self.start:
-            return 0.0
-        return min((now - self.start) / self.length, 1.0) if self.length else 1.0
-
-
 def factor(ramp: RampConfig | None, epoch: int, epochs: int) -> float:
     """As `RampConfig.factor`; 1 where there is none."""
     return 1.0 if ramp is None else ramp.factor(epoch, epochs)
@@ -45,4 +37,6 @@ def factor(ramp: RampConfig | None, epoch: int, epochs: int) -> float:
 def check_ramp(key: str, ramp: RampConfig | None, epochs: int) -> None:
     """ValueError when the weight does not count in any epoch."""
     if ramp is not None and not any(ramp.factor(epoch, epochs) for epoch in range(epochs)):
-        raise ValueError(f"{key}: does not count in any of the {epochs} epochs; lower its start or length, or raise first")
+        raise ValueError(
+            f"{key}: does not count in any of the {epochs} epochs; lower its start or length, or raise first"
+        )

@@ -20,7 +20,8 @@ from data_pipeline.config import ViewsConfig
 from data_pipeline.core.errors import UserError
 from mokd.config import BranchConfig
 from mokd.models import positions
-from mokd.models.drop_path import SampleDropPath
+from mokd.models.drop_path import SampleDropPath, drawn_together
+from mokd.models.sync_batchnorm import CountsBatches
 
 STEM_STRIDES = {"cifar": 1, "cifar_stride2": 2}
 
@@ -43,7 +44,7 @@ class Features:
         return math.isqrt(self.tokens.shape[1])
 
 
-class Backbone(nn.Module):
+class Backbone(CountsBatches):
     """A timm network without classifier. The network is the submodule `net`; its key names are timm's own.
 
     channels: of its images. channels_last: whether it computes in NHWC memory order.
@@ -56,6 +57,8 @@ class Backbone(nn.Module):
         self.net, self.channels = net, channels
         self.prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
         self.width = int(net.num_features)  # type: ignore[arg-type]
+        # those that draw together; where blocks are computed again, each by itself draws again what it drew
+        self.drop_paths = [layer for layer in net.modules() if isinstance(layer, SampleDropPath) and layer.p > 0.0]
 
     @property
     def is_sequence(self) -> bool:
@@ -66,7 +69,9 @@ class Backbone(nn.Module):
         """Features of images `[B, channels, S, S]`."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        dense = self.net.forward_features(images)  # type: ignore[operator]
+        self.count_batch()
+        with drawn_together(self.drop_paths, images):
+            dense = self.net.forward_features(images)  # type: ignore[operator]
         pooled = self.net.forward_head(dense, pre_logits=True)  # type: ignore[operator]
         cls = None
         if dense.ndim == 4:

@@ -9,6 +9,7 @@ CPUs, where a second collective is cheap, `CpuSyncBatchNorm` sums centred values
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,8 @@ class _SumOverRanks(torch.autograd.Function):
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
     """Synchronised BatchNorm of `[B, C, ...]`, with the parameters and buffers of the one it replaces."""
 
+    counts_itself = True
+
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         # the same objects: optimisers and averages may hold references to them
@@ -57,7 +60,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input normalised by the statistics of the global batch (of the running ones in evaluation mode)."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (self.training and _over_ranks()):
             return self.act(self.drop(super().forward(input)))
         return self.act(self.drop(self._over_ranks(input)))
 
@@ -68,8 +71,25 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
     def _momentum(self) -> float:
         """Of the running statistics, with this pass counted."""
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        if self.counts_itself:
+            self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+class CountsBatches(nn.Module):
+    """A module that calls each of its BatchNorms once in a pass, and counts the passes for all of them together."""
+
+    counted: Sequence[_SyncBatchNorm] = ()
+
+    def count_batch(self) -> None:
+        """At the beginning of a pass."""
+        if self.training and self.counted and _over_ranks():
+            counts = [norm.num_batches_tracked for norm in self.counted if norm.training]
+            torch._foreach_add_([count for count in counts if count is not None], 1)
+
+
+def _over_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class CpuSyncBatchNorm(_SyncBatchNorm):
@@ -108,12 +128,12 @@ class GpuSyncBatchNorm(_SyncBatchNorm):
     def _over_ranks(self, input: Tensor) -> Tensor:
         as_it_is = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
         x = input if as_it_is else input.contiguous()  # CUDA's kernels take both orders
-        counts = _counts(x.numel() // x.shape[1], dist.get_world_size(), x.device)
+        elements, ranks = x.numel() // x.shape[1], dist.get_world_size()
         running: tuple[Tensor | None, Tensor | None] = (None, None)
         momentum = 0.0
         if self.track_running_stats:
             running, momentum = (self.running_mean, self.running_var), self._momentum()
-        return _NormOverRanks.apply(x, self.weight, self.bias, *running, counts, momentum, self.eps)
+        return _NormOverRanks.apply(x, self.weight, self.bias, *running, elements, ranks, momentum, self.eps)
 
 
 class _NormOverRanks(torch.autograd.Function):
@@ -125,17 +145,19 @@ class _NormOverRanks(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        counts: Tensor,
+        elements: int,
+        ranks: int,
         momentum: float,
         eps: float,
     ) -> Tensor:
         own = torch.stack(kernels.statistics(x, eps))
-        everyone = own.new_empty(counts.shape[0] * 2, own.shape[1])
+        everyone = own.new_empty(ranks * 2, own.shape[1])
         dist.all_gather_into_tensor(everyone, own)
         means, inverses = everyone.view(-1, *own.shape).unbind(1)
         running = (running_mean, running_var)
-        of_all = kernels.merged(x, means, inverses, counts.to(own.dtype), running, momentum, eps)
-        ctx.save_for_backward(x, weight, *of_all, counts)
+        counts = _counts(elements, ranks, own.dtype, own.device)
+        of_all = kernels.merged(x, means, inverses, counts, running, momentum, eps)
+        ctx.save_for_backward(x, weight, *of_all, _counts(elements, ranks, torch.int32, own.device))
         return kernels.normalized(x, weight, bias, of_all, eps)
 
     @staticmethod
@@ -151,14 +173,14 @@ class _NormOverRanks(torch.autograd.Function):
         of_grad = (everyone[0], everyone[1])
         towards = kernels.towards_input(grad, x, weight, (of_all[0], of_all[1]), of_grad, counts)
         if weight is None:
-            return towards, *[None] * 7
-        return towards, for_weight, for_bias, *[None] * 5
+            return towards, *[None] * 8
+        return towards, for_weight, for_bias, *[None] * 6
 
 
-@lru_cache(maxsize=64)
-def _counts(elements: int, ranks: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=128)
+def _counts(elements: int, ranks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Made once for every shape: bringing numbers to a GPU makes the host wait for it."""
-    return torch.full((ranks,), elements, dtype=torch.int32, device=device)
+    return torch.full((ranks,), elements, dtype=dtype, device=device)
 
 
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -168,4 +190,10 @@ def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
         for name, child in parent.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, _SyncBatchNorm):
                 setattr(parent, name, kind(child))
+    for owner in module.modules():
+        if isinstance(owner, CountsBatches):
+            owner.counted = [norm for norm in owner.modules() if isinstance(norm, _SyncBatchNorm)]
+            owner.counted = [norm for norm in owner.counted if norm.track_running_stats]
+            for norm in owner.counted:
+                norm.counts_itself = False
     return module

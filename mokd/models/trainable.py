@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from mokd.models.backbones import Backbone
+from mokd.models.lent_weights import LentWeights
 
 
 class Units(NamedTuple):
@@ -23,6 +26,18 @@ class TrainableNetwork(nn.Module, ABC):
     backbone: Backbone
     # whether the teachers of branches that learn are run while training, so that their BatchNorm sees batches
     sees_batches = True
+    _lent: LentWeights | None = None
+
+    def lend_weights(self) -> None:
+        """From now on calls that ask `calls` cast the weights for half precision together; the bits stay the same.
+
+        After everything that replaces modules.
+        """
+        self._lent = LentWeights(self)
+
+    def calls(self, count: int, part: nn.Module, device: torch.device) -> list[AbstractContextManager[None]]:
+        """What each of so many calls of `part`, or of parts of it, is to run in; each may be entered again."""
+        return [nullcontext()] * count if self._lent is None else self._lent.calls(count, part, device)
 
     @abstractmethod
     def units(self) -> Units:

@@ -49,16 +49,19 @@ class Network(TrainableNetwork):
         batch = views[0].shape[1]
         pooled, dense, queries = [], [], []
         searched = None
-        for group in views:
-            features = self.backbone(group.flatten(0, 1))
-            tokens, query = self.t_head.embed(features)
-            searched = tokens[:batch] if searched is None else searched
-            pooled.append(features.pooled)
-            dense.append(self.t_head(tokens))
-            queries.append(query)
+        calls = self.calls(len(views), self, views[0].device)
+        for group, call in zip(views, calls, strict=True):
+            with call:
+                features = self.backbone(group.flatten(0, 1))
+                tokens, query = self.t_head.embed(features)
+                searched = tokens[:batch] if searched is None else searched
+                pooled.append(features.pooled)
+                dense.append(self.t_head(tokens))
+                queries.append(query)
         assert searched is not None
         by_view = (-1, batch)
-        mlp = self.mlp_head(torch.cat(pooled))
+        with calls[0]:
+            mlp = self.mlp_head(torch.cat(pooled))
         return NetworkOutput(
             mlp=HeadOutput(mlp.unflatten(0, by_view), self.mlp_head.last_layer()),
             t_head=HeadOutput(torch.cat(dense).unflatten(0, by_view), self.t_head.last_layer()),
@@ -87,4 +90,6 @@ class Network(TrainableNetwork):
         """
         views, batch = queries.shape[:2]
         repeated = tokens.unsqueeze(0).expand(views, *tokens.shape).flatten(0, 1)
-        return self.t_head(repeated, queries.flatten(0, 1)).unflatten(0, (views, batch))
+        (call,) = self.calls(1, self.t_head, tokens.device)
+        with call:
+            return self.t_head(repeated, queries.flatten(0, 1)).unflatten(0, (views, batch))

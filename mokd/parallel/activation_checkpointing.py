@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.core.errors import UserError
+from mokd.models.backbones import Backbone
 from mokd.models.blocks import repeated_blocks
 
 
-def recompute_blocks(backbone: nn.Module, owner: str) -> None:
+def recompute_blocks(backbone: Backbone, owner: str) -> None:
     """Makes every repeated block of a backbone recompute its activations; names in the state dict stay as they are.
 
     UserError where the network has no repeated blocks; `owner` is the branch, as the message names it.
@@ -22,6 +23,7 @@ def recompute_blocks(backbone: nn.Module, owner: str) -> None:
     blocks = repeated_blocks(backbone)
     if not blocks:
         raise UserError(f"{owner}.activation_checkpointing: this backbone has no repeated blocks; turn it off")
+    backbone.drop_paths = []
     for block in blocks:
         # inside the module's own forward: hooks of FSDP, which gather the weights, stay outside
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))

@@ -92,6 +92,7 @@ def fake_step(config: RunConfig, images: int) -> Iterator[FakeStep]:
             for network in (pair.student, pair.teacher):
                 sync_batchnorm.synchronize_batchnorm(network, CUDA)
                 _place(network)
+                network.lend_weights()
             optimizer = BranchOptimizer(pair.student, branch, config.optim, config.lr_scale, EPOCH_STEPS)
             branches.append(Branch(branch, pair, single_process(pair), optimizer))
         dtype = view_dtype(config.precision, CUDA)

@@ -5,7 +5,8 @@ usage: python -m tests.programs.train_steps OUTPUT.safetensors OBJECTIVE [--FLAG
 OBJECTIVE: dino, contrastive, or dino-frozen, contrastive-frozen, seed, regression with a frozen branch, whose weights
 are random here.
 
---gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get. --monitors: every step is measured, and what
+--gpu-batchnorm: on CPU tensors, the synchronised BatchNorm that GPUs get. --own-casts: autocast casts every weight by
+itself. --monitors: every step is measured, and what
 the last one has shown is written too.
 """
 
@@ -24,6 +25,7 @@ from mokd.distributed.process_group import barrier, join, leave, ranks_from_envi
 from mokd.distributed.sharding import piece
 from mokd.distributed.stopping import StopRequest
 from mokd.models import sync_batchnorm
+from mokd.models.trainable import TrainableNetwork
 from mokd.monitoring.monitors import Monitors, OfRank
 from mokd.objectives.base import build_objective
 from mokd.objectives.branch import Branch, learning
@@ -56,8 +58,10 @@ def main(output: str, objective_kind: str, *overrides: str) -> None:
     if "--gpu-batchnorm" in overrides:
         sync_batchnorm.CpuSyncBatchNorm = sync_batchnorm.GpuSyncBatchNorm
         overrides = tuple(override for override in overrides if override != "--gpu-batchnorm")
+    if "--own-casts" in overrides:
+        TrainableNetwork.lend_weights = lambda network: None
     monitored = "--monitors" in overrides
-    overrides = tuple(override for override in overrides if override != "--monitors")
+    overrides = tuple(override for override in overrides if override not in ("--monitors", "--own-casts"))
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     join(ranks, device, 240)

@@ -129,6 +129,15 @@ def test_sharded_half_precision_is_that_of_ddp(compute: str, tmp_path: Path) -> 
             assert set(steps) == {4}  # of five
 
 
+def test_weights_cast_together_end_in_the_bits_of_those_cast_one_by_one(tmp_path: Path) -> None:
+    """Under DDP, with stochastic depth and micro-batches."""
+    overrides = [f"branches={json.dumps([VIT, THIRD])}", "precision.compute=bf16", "optim.accumulate=2"]
+    together = train_steps(tmp_path / "together", 2, "dino", *overrides)
+    own = train_steps(tmp_path / "own", 2, "dino", *overrides, "--own-casts")
+    assert together.keys() == own.keys()
+    assert all(torch.equal(value, own[key]) for key, value in together.items())
+
+
 def test_ranks_from_torchrun_slurm_and_nobody() -> None:
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
     assert ranks_from_environment({**torchrun, "MASTER_PORT": "7"}) == Ranks(3, 8, 1, 2, "a", 7)
