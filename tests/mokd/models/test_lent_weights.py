@@ -35,7 +35,7 @@ def networks(branch: dict[str, Any]) -> tuple[Any, Any, list[Tensor]]:
 
 def whole_pass(network: Any, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs and gradients under autocast."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(views[0].device.type, torch.bfloat16):
         out = network(views)
     outputs = [out.mlp.rows, out.t_head.rows, out.queries, out.tokens, out.pooled]
     weights = out.mlp.prototypes.direction.square().sum() + out.t_head.prototypes.gain.sum()
@@ -67,6 +67,22 @@ def test_the_bits_of_autocast(branch: dict[str, Any], together: int, monkeypatch
     assert_same(same, gradients)
     assert sum(g is not None for g in gradients) > 20
     assert all(one is other for one, other in zip(student.parameters(), parameters, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("branch", [RESNET, VIT], ids=["resnet", "vit"])
+def test_on_a_gpu(branch: dict[str, Any]) -> None:
+    student, _, views = networks(branch)
+    student.cuda()
+    student.backbone.to(memory_format=torch.channels_last)
+    views = [view.cuda() for view in views]
+    expected, gradients = whole_pass(student, views)
+    student.lend_weights()
+    found, same = whole_pass(student, views)
+    for one, other in zip([*found, *same], [*expected, *gradients], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:  # kernels of convolutions may add up in another order every time
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("branch", [RESNET, VIT], ids=["resnet", "vit"])
