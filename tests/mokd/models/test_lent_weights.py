@@ -69,6 +69,7 @@ def test_the_bits_of_autocast(branch: dict[str, Any], together: int, monkeypatch
     assert all(one is other for one, other in zip(student.parameters(), parameters, strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("branch", [RESNET, VIT], ids=["resnet", "vit"])
 def test_on_a_gpu(branch: dict[str, Any]) -> None:
