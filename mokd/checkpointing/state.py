@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_pipeline.core.errors import UserError
 from mokd.checkpointing.reading import Checkpoint, SavedTensors
 from mokd.checkpointing.storage import Snapshot
-from mokd.config import BranchConfig, RunConfig, company
+from mokd.config import BranchConfig, RunConfig
 from mokd.config.leaves import leaves
 from mokd.distributed import sharding
 from mokd.objectives.base import Objective
@@ -21,8 +21,8 @@ from mokd.objectives.branch import Branch, TeachingBranch
 
 # keys that checkpoints from before them do not have; their defaults are what was done then
 _YOUNGER = {
-    "branch": ("frozen", "freeze_backbone_epochs", "weight_ramp", *company.OF_BRANCH),
-    "objective": ("ramps", "cross_same_view", *company.OF_OBJECTIVE),
+    "branch": ("frozen", "freeze_backbone_epochs", "weight_ramp"),
+    "objective": ("ramps", "cross_same_view"),
 }
 
 OBJECTIVE_FILE = "objective"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
-from mokd.config import DistillationConfig, RunConfig, company
+from mokd.config import DistillationConfig, RunConfig
 from mokd.config.leaves import leaves
 from mokd.runs.run_directory import RunDirectory
 
@@ -21,10 +21,7 @@ _IRRELEVANT = (
     r"|evaluation\.(every_epochs|batch|probe_images)"
 )
 # what has a meaning only in company
-_CROSS = "|".join(
-    [r"objective\.((terms|ramps)\.cross_\w+|cross_\w+|center_search|residual_weight)"]
-    + [rf"objective\.{key}" for key in company.OF_OBJECTIVE]
-)
+_CROSS = r"objective\.((terms|ramps)\.cross_\w+|cross_\w+|center_search|residual_weight)"
 # an ablation is compared with the baseline that has all terms of its own
 _TERMS = "objective.terms."
 # what distils frozen branches has no baseline of its own kind: alone, nothing is left to learn from
@@ -79,7 +76,7 @@ def settings(config: RunConfig, branch: str | None = None) -> dict[str, Any]:
     for values in branches.values():
         del values["activation_checkpointing"]
         if alone:
-            for key in ("weight", "weight_ramp", *company.OF_BRANCH):
+            for key in ("weight", "weight_ramp"):
                 del values[key]
     left_out = re.compile(rf"({_IRRELEVANT}|{_CROSS})(\..*)?" if alone else rf"({_IRRELEVANT})(\..*)?")
     flat = {key: value for key, value in leaves(document) if not left_out.fullmatch(key)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipeline.core import schema
 from data_pipeline.core.errors import UserError
-from mokd.config import RunConfig, company, load_config
+from mokd.config import RunConfig, load_config
 
 
 def solo(config: RunConfig, branch: str, *, name: str | None = None) -> RunConfig:
@@ -24,11 +24,7 @@ def solo(config: RunConfig, branch: str, *, name: str | None = None) -> RunConfi
         raise UserError(f"--solo {branch}: no such branch in {config.name}; there are: {known}")
     name = name or f"{config.name}-solo-{branch}"
     alone = config.model_copy(update={"name": name, "branches": tuple(chosen)})
-    document = alone.model_dump(mode="json", by_alias=True)
-    for section, keys in ((document["objective"], company.OF_OBJECTIVE), (document["branches"][0], company.OF_BRANCH)):
-        for key in keys:  # refused of a branch alone
-            section.pop(key, None)
-    return schema.validate(RunConfig, document, name)
+    return schema.validate(RunConfig, alone.model_dump(mode="json", by_alias=True), name)
 
 
 def load_run_config(path: Path, overrides: Sequence[str], branch: str | None) -> RunConfig:

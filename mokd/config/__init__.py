@@ -5,7 +5,6 @@ from mokd.config.execution import CheckpointConfig, OptimConfig, ParallelConfig,
 from mokd.config.logging import LoggingConfig
 from mokd.config.objectives import (
     ContrastiveConfig,
-    CrossGateConfig,
     DinoConfig,
     DistillationConfig,
     ProjectionConfig,
@@ -20,7 +19,6 @@ __all__ = [
     "BranchConfig",
     "CheckpointConfig",
     "ContrastiveConfig",
-    "CrossGateConfig",
     "DinoConfig",
     "DistillationConfig",
     "GroupConfig",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.core.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from data_pipeline.core.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, StrictModel
 from mokd.config.ramps import RampConfig
 from mokd.config.weights import parse_init
 
@@ -79,14 +79,6 @@ class BranchConfig(StrictModel):
     ] = False
     weight: Annotated[float, Field(ge=0.0, description="lambda, the weight of the cross terms")] = 1.0
     weight_ramp: Annotated[RampConfig | None, Field(description="when lambda begins to count; default: at once")] = None
-    cross_target: Annotated[
-        Literal["others", "ensemble"],
-        Field(description="of its MLP head's cross term; ensemble: of its own and all other teachers' mean logits"),
-    ] = "others"
-    cross_student_temp: Annotated[
-        PositiveFloat | None,
-        Field(description="temperature of the student in its cross terms; default: objective.student_temp"),
-    ] = None
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0, description="stochastic depth of the student")] = 0.0
     mlp_head: MlpHeadConfig = MlpHeadConfig()
     optimizer: Annotated[OptimizerConfig | None, Field(description="a frozen branch has none")] = None

@@ -15,7 +15,6 @@ from data_pipeline.core.schema import (
     Probability,
     StrictModel,
 )
-from mokd.config.company import OF_BRANCH, check_company
 from mokd.config.ramps import RampConfig, check_ramp
 
 if TYPE_CHECKING:
@@ -60,18 +59,6 @@ class TermRampsConfig(StrictModel):
     cross_search: RampConfig | None = None
 
 
-class CrossGateConfig(StrictModel):
-    """What a target from another branch weighs; default: 1."""
-
-    agreement: Annotated[
-        bool, Field(description="weigh a target by how alike the giving branch's targets of the global views are")
-    ] = False
-    gap: Annotated[
-        Probability | None,
-        Field(description="no targets for a branch from one whose mean agreement is lower by more; default: always"),
-    ] = None
-
-
 class ObjectiveConfig(StrictModel):
     """What the sections of all objectives have in common: each knows what it asks of the rest of a run."""
 
@@ -104,14 +91,6 @@ class DinoConfig(ObjectiveConfig):
     cross_same_view: Annotated[
         bool, Field(description="cross-distillation, MLP head: also between the same view of both branches (ablation)")
     ] = False
-    match_prototypes: Annotated[
-        PositiveInt | None,
-        Field(
-            description="match the branches' prototypes by so many recent images when a cross term begins to count; "
-            "default: never"
-        ),
-    ] = None
-    cross_gate: CrossGateConfig = CrossGateConfig()
     center_momentum: Annotated[Probability, Field(description="of the moving average that targets are centred by")] = (
         0.9
     )
@@ -137,7 +116,6 @@ class DinoConfig(ObjectiveConfig):
             raise ValueError("objective.terms.cross_search: needs views.local_crops.count > 0, or turn it off")
         for term, ramp in self.ramps:
             check_ramp(f"objective.ramps.{term}", ramp, run.optim.epochs)
-        check_company(self, run)
 
 
 class ProjectionConfig(StrictModel):
@@ -232,7 +210,7 @@ class RegressionConfig(DistillationConfig):
 def _refuse_prototypes(run: RunConfig, instead: str) -> None:
     """ValueError where a branch has keys that only the objective over prototypes reads."""
     for branch in run.branches:
-        for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs", *OF_BRANCH):
+        for key in ("mlp_head", "t_head_group", "teacher_temp_warmup_epochs"):
             # a resolved configuration has every default written out: those mean nothing
             if getattr(branch, key) != type(branch).model_fields[key].default:
                 raise ValueError(

@@ -2,9 +2,9 @@
 
 It equals `mokd.losses.reference`, which is the one to read for what is computed. With z the scaled logits of a student
 row, L = logsumexp(z), p the combined target (the sum over all its comparisons, with their weights) and m the sum of
-those weights (times the image's, where images have weights), the row's loss is `m L - p z` and its gradient
-`m softmax(z) - p`. Both are known once L is. So the forward pass that autograd calls computes the gradients too, while
-the logits are at hand; the backward pass scales them:
+those weights, the row's loss is `m L - p z` and its gradient `m softmax(z) - p`. Both are known once L is. So the
+forward pass that autograd calls computes the gradients too, while the logits are at hand; the backward pass scales
+them:
 
     forward:   first pass   for every block of prototypes: z, its share of L and of every term's `p z`
                second pass  for every block of prototypes: `m softmax(z) - p`, and from it the gradients towards
@@ -106,11 +106,6 @@ class _Terms:
         self.comparisons = [target.comparisons(views) for target in targets]
         terms = list(zip(targets, self.coefficients, self.comparisons, strict=True))
         self.mass = [sum(t.weight * c * n[view] for t, c, n in terms) for view in range(views)]
-        # the same of the terms whose images all weigh 1; and of the others, each by itself
-        alike = [(t, c, n) for t, c, n in terms if t.image_weights is None]
-        self.alike = [sum(t.weight * c * n[view] for t, c, n in alike) for view in range(views)]
-        by_image = [(t.image_weights, [t.weight * c * x for x in n]) for t, c, n in terms]
-        self.by_image = [(weights, mass) for weights, mass in by_image if weights is not None]
         self.dots = torch.zeros(len(targets), dtype=torch.float64, device=device)
 
     def cut(self, index: tuple[Any, ...], scale: float) -> list[Cut]:
@@ -119,25 +114,14 @@ class _Terms:
         return [Cut(t.probabilities[index], t.weight * c * scale, t.paired, t.first_view) for t, c in pairs]
 
     def mass_of_rows(self, scale: float, like: Tensor) -> Tensor:
-        """The sum of the weights of a row's comparisons, times `scale`: `[V, 1, 1]`, or `[V, B, 1]`."""
-
-        def by_view(mass: Sequence[float]) -> Tensor:
-            return constant(tuple(m * scale for m in mass), like.dtype, like.device).view(-1, 1, 1)
-
-        rows = by_view(self.alike)
-        for weights, mass in self.by_image:
-            rows = rows + by_view(mass) * weights.to(like.dtype).view(1, -1, 1)
-        return rows
+        """The sum of the weights of a row's comparisons, times `scale`: `[V, 1, 1]`."""
+        return constant(tuple(m * scale for m in self.mass), like.dtype, like.device).view(-1, 1, 1)
 
     def values(self, log_z: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms, and the terms `[len(targets)]`, for `logsumexp(z)` `[V, B]`."""
         exact = partial(constant, dtype=torch.float64, device=log_z.device)
         comparisons = torch.stack([exact(tuple(map(float, n))) for n in self.comparisons])
-        log_zs = comparisons @ log_z.sum(dim=1, dtype=torch.float64)
-        for i, target in enumerate(self.targets):
-            if target.image_weights is not None:
-                log_zs[i] = comparisons[i] @ (log_z.double() @ target.image_weights.double())
-        terms = (log_zs - self.dots) * exact(tuple(self.coefficients))
+        terms = (comparisons @ log_z.sum(dim=1, dtype=torch.float64) - self.dots) * exact(tuple(self.coefficients))
         total = (terms * exact(tuple(t.weight for t in self.targets))).sum()
         return total.to(log_z.dtype), terms.to(log_z.dtype)
 
@@ -311,13 +295,13 @@ class _DistillationLossWithGradients(_GradientsFromForward):
         terms = _Terms(targets, logits.shape[0], logits.device)
         memory = empty([logits.numel()], at_least_fp32(logits[:0]).dtype, logits.device)
         out = logits_in(memory, *logits.shape[:2], by_prototype=kernels.BY_PROTOTYPE)
-        mass = terms.mass_of_rows(1.0 / temperature, out).expand(-1, out.shape[1], -1)
+        mass = terms.mass_of_rows(1.0 / temperature, out)
         log_z = []
         for images in _images(logits):
             z, cuts = out[:, images], terms.cut((slice(None), images), 1.0)
             largest, total = kernels.observe(z, logits[:, images], 1.0 / temperature, cuts, terms.dots)
             log_z.append((largest + total.log()).logsumexp(dim=-1))
-            factor = (largest - log_z[-1].unsqueeze(-1)).exp_().mul_(mass[:, images])
+            factor = (largest - log_z[-1].unsqueeze(-1)).exp_().mul_(mass)
             kernels.gradient(z, factor, terms.cut((slice(None), images), 1.0 / temperature), z.dtype, None, None)
         ctx.gradients = (out.to(logits.dtype),)
         total, by_term = terms.values(torch.cat(log_z, dim=1))

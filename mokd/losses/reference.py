@@ -20,7 +20,6 @@ D width of queries and keys, N positions of a G x G map.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,33 +50,29 @@ def four_terms(
     own_temperature: float,
     cross_temperature: float,
     student_temperature: float = 0.1,
-    cross_student_temperature: float | None = None,
     center_search: bool = False,
 ) -> dict[str, Tensor]:
     """The terms of one branch; a branch without others has the two self terms.
 
     found: for every other branch the logits `[L, B, K]` of its teacher's T-Head, asked with this branch's queries of
     the local views. The cross terms are means over the other branches (the paper has one). center_search: whether
-    the centre is taken from these logits too; the paper's search is without. cross_student_temperature: of the student
-    in its cross terms, where that is another one; the paper's is the same.
+    the centre is taken from these logits too; the paper's search is without.
     """
 
-    def paired(student: Tensor, teacher: Tensor, center: Tensor, temperatures: tuple[float, float]) -> Tensor:
-        return paired_cross_entropy(student, teacher_targets(teacher, center, temperatures[0]), temperatures[1])
+    def paired(student: Tensor, teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
+        return paired_cross_entropy(student, teacher_targets(teacher, center, temperature), student_temperature)
 
-    within = (own_temperature, student_temperature)
-    across = (cross_temperature, cross_student_temperature or student_temperature)
     terms = {
-        "self_mlp": paired(own.student_mlp, own.teacher_mlp, own.mlp_center, within),
-        "self_thead": paired(own.student_t_head, own.teacher_t_head, own.t_head_center, within),
+        "self_mlp": paired(own.student_mlp, own.teacher_mlp, own.mlp_center, own_temperature),
+        "self_thead": paired(own.student_t_head, own.teacher_t_head, own.t_head_center, own_temperature),
     }
     if others:
         learned, searched = [], []
         for other, logits in zip(others, found, strict=True):
-            learned.append(paired(own.student_mlp, other.teacher_mlp, other.mlp_center, across))
+            learned.append(paired(own.student_mlp, other.teacher_mlp, other.mlp_center, cross_temperature))
             targets = teacher_targets(logits, other.t_head_center if center_search else None, cross_temperature)
             local = own.student_t_head[-logits.shape[0] :]
-            searched.append(row_cross_entropy(local, targets, across[1]))
+            searched.append(row_cross_entropy(local, targets, student_temperature))
         terms["cross_mlp"] = torch.stack(learned).mean()
         terms["cross_search"] = torch.stack(searched).mean()
     return terms
@@ -89,9 +84,7 @@ def teacher_targets(logits: Tensor, center: Tensor | None, temperature: float) -
     return torch.softmax(shifted / temperature, dim=-1)
 
 
-def paired_cross_entropy(
-    student: Tensor, targets: Tensor, temperature: float, image_weights: Tensor | None = None
-) -> Tensor:
+def paired_cross_entropy(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """H(teacher, student) over pairs of different views, for student logits `[V, B, K]` and targets `[Q, B, K]`.
 
         for q in range(Q):
@@ -101,106 +94,42 @@ def paired_cross_entropy(
                         loss += -sum(p[q, b, k] * log_softmax(s[v, b] / T)[k] for k in range(K)) / B
         loss /= the number of pairs, Q * V - min(Q, V)
 
-    DINO's equations 2 and 3, as a mean. image_weights `[B]`: a factor on what is added for image b.
+    DINO's equations 2 and 3, as a mean.
     """
     scaled = student / temperature
     total, pairs = torch.zeros((), dtype=student.dtype, device=student.device), 0
     for q, target in enumerate(targets):
         for v, view in enumerate(scaled.unbind()):
             if v != q:
-                total = total + _cross_entropy(target, view, image_weights)
+                total = total + _cross_entropy(target, view)
                 pairs += 1
     return total / pairs
 
 
-def row_cross_entropy(
-    student: Tensor, targets: Tensor, temperature: float, image_weights: Tensor | None = None
-) -> Tensor:
+def row_cross_entropy(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """H(teacher, student) of views with a target each, for student logits `[L, B, K]` and targets `[L, B, K]`.
 
         for v in range(L):
             for b in range(B):
                 loss += -sum(p[v, b, k] * log_softmax(s[v, b] / T)[k] for k in range(K)) / (L * B)
 
-    The search's term: what a local view's query found is the target of that view alone. image_weights as above.
+    The search's term: what a local view's query found is the target of that view alone.
     """
     scaled = student / temperature
     total = torch.zeros((), dtype=student.dtype, device=student.device)
     for target, view in zip(targets, scaled.unbind(), strict=True):
-        total = total + _cross_entropy(target, view, image_weights)
+        total = total + _cross_entropy(target, view)
     return total / len(targets)
 
 
-def _cross_entropy(target: Tensor, scaled: Tensor, image_weights: Tensor | None = None) -> Tensor:
-    """The mean over images of `-sum_k p_k log_softmax(z)_k`, times their weights `[B]`; both `[B, K]`."""
-    losses = torch.sum(-target * F.log_softmax(scaled, dim=-1), dim=-1)
-    return (losses if image_weights is None else image_weights * losses).mean()
+def _cross_entropy(target: Tensor, scaled: Tensor) -> Tensor:
+    """The mean over images of `-sum_k p_k log_softmax(z)_k`; both `[B, K]`."""
+    return torch.sum(-target * F.log_softmax(scaled, dim=-1), dim=-1).mean()
 
 
 def next_center(center: Tensor, teacher: Tensor, momentum: float) -> Tensor:
     """The centre `[K]` after a step with teacher logits `[Q, B, K]`, B being the global batch (DINO, equation 4)."""
     return momentum * center + (1.0 - momentum) * teacher.mean(dim=(0, 1))
-
-
-# Settings of the cross terms beyond the paper; docs/method.md says where they come from.
-
-
-def matched_order(first: Tensor, second: Tensor, prototypes: int) -> list[int]:
-    """Which prototype of a second branch stands for each one of the first, for the choices `[R]` of both.
-
-        for order in all permutations of range(K):
-            agreement[order] = sum(second[r] == order[first[r]] for r in range(R))
-
-    The one with the largest agreement; among equals one that leaves most prototypes in place. A cross target of the
-    second branch is compared with the first one's students as `p[..., order]`.
-    """
-
-    best, order = (-1, -1), list(range(prototypes))
-    for candidate in map(list, itertools.permutations(range(prototypes))):
-        agreement = sum(b == candidate[a] for a, b in zip(first.tolist(), second.tolist(), strict=True))
-        in_place = sum(k == place for k, place in enumerate(candidate))
-        if (agreement, in_place) > best:
-            best, order = (agreement, in_place), candidate
-    return order
-
-
-def view_agreement(targets: Tensor) -> Tensor:
-    """How alike a branch's targets `[Q, B, K]` of an image's views are, `[B]`: 1 where equal, 0 where disjoint.
-
-        for b in range(B):
-            for q in range(Q):
-                for r in range(q + 1, Q):
-                    agreement[b] += sum(sqrt(p[q, b, k] * p[r, b, k]) for k in range(K))
-        agreement /= the number of pairs, Q * (Q - 1) / 2
-
-    (Bhattacharyya's coefficient.)
-    """
-    total, pairs = torch.zeros_like(targets[0, :, 0]), 0
-    for q, first in enumerate(targets):
-        for second in targets[q + 1 :]:
-            total = total + torch.sqrt(first * second).sum(dim=-1)
-            pairs += 1
-    return total / pairs
-
-
-def gate(agreement: Tensor, taker: float, giver: float, gap: float | None) -> Tensor:
-    """What a giving branch's targets weigh, `[B]`, for its agreement `[B]` and both branches' mean agreements.
-
-    for b in range(B):
-        weight[b] = 0 if taker - giver > gap else agreement[b]
-    """
-    return torch.zeros_like(agreement) if gap is not None and taker - giver > gap else agreement
-
-
-def ensemble_logits(logits: Sequence[Tensor], centers: Sequence[Tensor]) -> Tensor:
-    """What the teachers of N branches say together, `[Q, B, K]`, centred, for the logits and centres of each.
-
-        for n in range(N):
-            together += (t[n] - c[n]) / N
-
-    Over a temperature its softmax is the normalised geometric mean of the branches' targets.
-    """
-    return torch.stack([t - c for t, c in zip(logits, centers, strict=True)]).mean(dim=0)
 
 
 # The contrastive objective: momentum contrast within a branch (MoCo, arXiv 1911.05722, equation 1), and between

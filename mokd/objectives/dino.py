@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mokd.config import BranchConfig, DinoConfig, RunConfig
-from mokd.config.company import CROSS_TERMS
 from mokd.config.ramps import factor
 from mokd.distributed.process_group import world_size
 from mokd.distributed.side_stream import SideStream
@@ -23,10 +22,7 @@ from mokd.losses.teacher_probabilities import softmax, teacher_probabilities
 from mokd.models.backbones import build_for_views
 from mokd.models.heads import MlpHead, THead
 from mokd.objectives.branch import Branch, BranchLoss, Observation, TeachingBranch, normalized_features
-from mokd.objectives.cross_gate import CrossGate, mean_target, view_agreement
 from mokd.objectives.dino_network import Network, NetworkOutput
-from mokd.objectives.ensemble import Ensemble
-from mokd.objectives.prototype_matching import PrototypeMatching
 from mokd.optim.schedules import teacher_temperature
 
 HEADS = ("mlp", "t_head")
@@ -44,13 +40,6 @@ class DinoObjective:
         self._beside = SideStream(device, wanted=run.execution.overlap_teachers)
         # one centre per branch and head, shared by the self and the cross terms
         self.centers = torch.zeros(len(names), len(HEADS), config.prototypes, device=device)
-        self._matching: PrototypeMatching | None = None
-        if config.match_prototypes is not None:
-            steps = -(-config.match_prototypes // run.optim.global_batch)
-            self._matching = PrototypeMatching(names, HEADS, config.prototypes, steps, device)
-            self._matching.done = [not getattr(config.terms, term) for term in CROSS_TERMS]
-        gated = len(names) > 1 and (config.cross_gate.agreement or config.cross_gate.gap is not None)
-        self._gate = CrossGate(config.cross_gate, names, device) if gated else None
         # means of teacher outputs, one for each micro-batch of a step, and the collectives that sum them up over ranks
         self._seen: list[Tensor] = []
         self._arriving: list[dist.Work] = []
@@ -65,21 +54,13 @@ class DinoObjective:
 
     @torch.no_grad()
     def teach(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
-        """What all teachers say of the global views, the first group; matches prototypes first, where it is time."""
-        if self._matching is not None:
-            for head, term in enumerate(CROSS_TERMS):
-                if any(self._weights(b.config, epoch)[term] > 0.0 for b in branches if not b.config.frozen):
-                    self._matching.match(head)
+        """What all teachers say of the global views, the first group."""
         with self._beside.begin():
             return self._teachers(branches, views, epoch)
 
     def remember(self, taught: Teachers) -> None:
-        """The means of the teachers' outputs, for the centres, and what the settings of cross terms look at."""
+        """The means of the teachers' outputs, for the centres."""
         self._seen.append(taught.means)
-        if self._matching is not None and self._matching.collects:
-            self._matching.remember(taught.assigned)
-        if self._gate is not None and taught.agreement is not None:
-            self._gate.remember(taught.agreement)
         if dist.is_initialized():  # one collective for all centres, on its way while the step is computed
             with self._beside.begin():
                 self._arriving.append(dist.all_reduce(taught.means, async_op=True))
@@ -102,30 +83,22 @@ class DinoObjective:
         student: NetworkOutput = branch.forward_student(list(views))
         self._beside.join()
         with torch.no_grad():
-            trust = self._trust(i, others, taught)
             mlp = {"self_mlp": Target(taught.probabilities(i, 0, own), weights["self_mlp"])}
             if others and self._on("cross_mlp", epoch):
-                if branch.config.cross_target == "ensemble":
-                    assert taught.ensemble is not None
-                    given = [self._translate(taught.ensemble, 0, i, 0)] * len(others)
-                else:
-                    given = [self._translate(taught.probabilities(j, 0, cross), j, i, 0) for j in others]
-                probabilities, images = mean_target(given, trust)
+                probabilities = _mean([taught.probabilities(j, 0, cross) for j in others])
                 same = self.config.cross_same_view
                 if same:
                     probabilities = _for_all_views(probabilities, self.views.count)
-                mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"], not same, image_weights=images)
-        losses = [self._head_loss(student.mlp, mlp, epoch, branch.config)]
+                mlp["cross_mlp"] = Target(probabilities, weights["cross_mlp"], not same)
+        losses = [self._head_loss(student.mlp, mlp, epoch)]
         with torch.no_grad():
             t_head = {"self_thead": Target(taught.probabilities(i, 1, own), weights["self_thead"])}
             if others and self._on("cross_search", epoch):
                 first = self.views.global_crops.count
                 queries = student.queries[first:]
                 found = [self._search(j, branches[j], taught.outputs[j], queries, cross) for j in others]
-                found = [self._translate(p, j, i, 1) for p, j in zip(found, others, strict=True)]
-                probabilities, images = mean_target(found, trust)
-                t_head["cross_search"] = Target(probabilities, weights["cross_search"], False, first, images)
-        losses.append(self._head_loss(student.t_head, t_head, epoch, branch.config))
+                t_head["cross_search"] = Target(_mean(found), weights["cross_search"], False, first)
+        losses.append(self._head_loss(student.t_head, t_head, epoch))
         terms = dict(zip([*mlp, *t_head], torch.cat([values for _, values in losses]), strict=True))
         pooled = student.pooled[0].detach()
         by_head = {"mlp": mlp["self_mlp"].probabilities, "t_head": t_head["self_thead"].probabilities}
@@ -136,51 +109,26 @@ class DinoObjective:
                 entropies={head: entropy(p).mean(dim=0) for head, p in by_head.items()},
                 mean_targets={head: p.mean(dim=(0, 1)) for head, p in by_head.items()},
                 centers=dict(zip(HEADS, self.centers[i], strict=True)),
-                scalars={"cross_gate": torch.stack(trust).mean()} if trust else {},
             )
 
         return BranchLoss(losses[0][0] + losses[1][0], terms, weights, observe)
 
-    def _head_loss(
-        self, output: HeadOutput, targets: dict[str, Target], epoch: int, branch: BranchConfig
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of a head's terms, and the terms; those of each temperature of the student by themselves."""
-        by_temperature: dict[float, list[Target]] = {}
-        for term, target in targets.items():
-            own = branch.cross_student_temp if term.startswith("cross") else None
-            by_temperature.setdefault(own or self.config.student_temp, []).append(target)
+    def _head_loss(self, output: HeadOutput, targets: dict[str, Target], epoch: int) -> tuple[Tensor, Tensor]:
+        """The weighted sum of a head's terms, and the terms."""
         train, recompute = epoch >= self.frozen_epochs, self.recompute_logits
-        losses = [
-            prototype_loss(output, found, temperature, train_prototypes=train, recompute=recompute)
-            for temperature, found in by_temperature.items()
-        ]
-        if len(losses) == 1:
-            return losses[0]
-        totals, terms = zip(*losses, strict=True)
-        return torch.stack(totals).sum(), torch.cat(terms)
+        found, temperature = list(targets.values()), self.config.student_temp
+        return prototype_loss(output, found, temperature, train_prototypes=train, recompute=recompute)
 
     def _teachers(self, branches: Sequence[TeachingBranch], views: Sequence[Tensor], epoch: int) -> Teachers:
         cross = {self._temperature(epoch, self.config.cross_temp_warmup_epochs)}
-        gated = self._gate is not None and any(self._on(term, epoch) for term in CROSS_TERMS)
-        shared = cross if gated or (len(branches) > 1 and self._on("cross_mlp", epoch)) else set()
+        shared = cross if len(branches) > 1 and self._on("cross_mlp", epoch) else set()
         # nobody asks a frozen branch for targets of its own
         own = [
             set() if branch.config.frozen else {self._temperature(epoch, branch.config.teacher_temp_warmup_epochs)}
             for branch in branches
         ]
         outputs = [branch.teacher(views[:1]) for branch in branches]
-        collects = self._matching is not None and self._matching.collects
-        ensemble = None
-        if self._on("cross_mlp", epoch) and any(branch.config.cross_target == "ensemble" for branch in branches):
-            ensemble = Ensemble(lambda logits, giver: self._translate(logits, giver, 0, 0))
-        temperatures = [(mine | shared, mine) for mine in own]
-        taught = Teachers(outputs, self.centers, temperatures, assign=collects, ensemble=ensemble)
-        if ensemble is not None:
-            taught.ensemble = ensemble.probabilities(*cross)
-        if gated:
-            everyones = [taught.probabilities(j, 0, *cross) for j in range(len(branches))]
-            taught.agreement = torch.stack([view_agreement(p) for p in everyones])
-        return taught
+        return Teachers(outputs, self.centers, [(mine | shared, mine) for mine in own])
 
     def _search(
         self, j: int, other: TeachingBranch, teacher: NetworkOutput, queries: Tensor, temperature: float
@@ -191,18 +139,6 @@ class DinoObjective:
         if self.config.center_search:
             return teacher_probabilities(found.logits(), self.centers[j, 1], temperature, in_place=True)
         return softmax(found.logits(temperature))
-
-    def _translate(self, probabilities: Tensor, giver: int, taker: int, head: int) -> Tensor:
-        """A target from branch `giver` as one over the prototypes of branch `taker`."""
-        if self._matching is None:
-            return probabilities
-        return self._matching.translate(probabilities, giver, taker, head)
-
-    def _trust(self, taker: int, givers: Sequence[int], teachers: Teachers) -> list[Tensor] | None:
-        """What every giver's targets weigh, `[B]`; None where all weigh 1."""
-        if self._gate is None or teachers.agreement is None:
-            return None
-        return [self._gate.weights(giver, taker, teachers.agreement) for giver in givers]
 
     def _on(self, term: str, epoch: int) -> bool:
         """Whether a term counts in an epoch, for one branch or another."""
@@ -230,28 +166,16 @@ class DinoObjective:
         self.centers.lerp_(seen.to(self.centers.dtype), 1.0 - self.config.center_momentum)
         self._seen.clear()
         self._arriving.clear()
-        for part in (self._matching, self._gate):
-            if part is not None:
-                part.commit()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The centres, `center/<branch>/<head>`, and what the settings of cross terms remember."""
-        tensors = self._center_tensors()
-        for part in (self._matching, self._gate):
-            tensors |= {} if part is None else part.state_tensors()
-        return tensors
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what `state_tensors` gave."""
-        for key, center in self._center_tensors().items():
-            center.copy_(tensors[key])
-        for part in (self._matching, self._gate):
-            if part is not None:
-                part.load_state_tensors(tensors)
-
-    def _center_tensors(self) -> dict[str, Tensor]:
+        """The centres, `center/<branch>/<head>`."""
         places = [(i, h) for i in range(len(self.names)) for h in range(len(HEADS))]
         return {f"center/{self.names[i]}/{HEADS[h]}": self.centers[i, h] for i, h in places}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores the centres."""
+        for key, center in self.state_tensors().items():
+            center.copy_(tensors[key])
 
     def loss_bytes(self, images_per_rank: int) -> int:
         """What lies over all prototypes at a time, in fp32: of every teacher its targets, of the MLP head at two
@@ -266,46 +190,34 @@ class Teachers:
     """What all teachers say of a batch. A target that several terms share is computed once.
 
     temperatures: those at which the targets of each branch's heads will be asked for. means: of every head's outputs
-    `[branches, heads, K]`. assigned `[branches, heads, Q, B]`: the prototype of the largest centred logit, where that
-    is wanted (assign). agreement `[branches, B]`: of the MLP head's targets of an image's views, and
-    ensemble `[Q, B, K]`: the target that all MLP heads make together, where they are asked for.
+    `[branches, heads, K]`.
     """
 
     def __init__(
-        self,
-        outputs: Sequence[NetworkOutput],
-        centers: Tensor,
-        temperatures: Sequence[Sequence[set[float]]],
-        *,
-        assign: bool = False,
-        ensemble: Ensemble | None = None,
+        self, outputs: Sequence[NetworkOutput], centers: Tensor, temperatures: Sequence[Sequence[set[float]]]
     ) -> None:
         self.outputs = outputs
-        self.ensemble: Tensor | None = None
-        self.agreement: Tensor | None = None
-        assigned = []
         self._known: dict[tuple[int, int, float], Tensor] = {}
         means = []
         for i, output in enumerate(outputs):
             for h, head in enumerate((output.mlp, output.t_head)):
                 logits = head.logits()
                 means.append(logits.mean(dim=(0, 1)))
-                if assign:
-                    assigned.append((logits - centers[i, h]).argmax(dim=-1))
-                if ensemble is not None and h == 0:
-                    ensemble.add(i, logits, centers[i, h])
                 wanted = sorted(temperatures[i][h])
                 for temperature in wanted:
                     # the last may take the memory of the logits
                     p = teacher_probabilities(logits, centers[i, h], temperature, in_place=temperature == wanted[-1])
                     self._known[i, h, temperature] = p
         self.means = torch.stack(means).unflatten(0, (len(outputs), len(HEADS)))
-        if assign:
-            self.assigned = torch.stack(assigned).unflatten(0, (len(outputs), len(HEADS)))
 
     def probabilities(self, branch: int, head: int, temperature: float) -> Tensor:
         """The centred targets `[Q, B, K]` of a branch's head."""
         return self._known[branch, head, temperature]
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """With several others the mean of their targets is the target of the mean loss."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(dim=0)
 
 
 def _for_all_views(probabilities: Tensor, views: int) -> Tensor:

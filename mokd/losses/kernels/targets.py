@@ -28,16 +28,12 @@ class Target(NamedTuple):
 
     otherwise: probabilities `[V - first_view, B, K]`, one for every row of the student's views from `first_view` on;
     the term is the mean over these rows of `-(p * log_softmax(s / temperature)).sum(-1)`.
-
-    image_weights: `[B]`, from 0 to 1, what each image counts in these means over images, and what its probabilities
-    have been multiplied with already.
     """
 
     probabilities: Tensor
     weight: float
     paired: bool = True
     first_view: int = 0
-    image_weights: Tensor | None = None
 
     def coefficient(self, views: int) -> float:
         """Of a single comparison of a row in the term, the weight left aside."""

@@ -84,7 +84,6 @@ def reference_terms(
             [literal_search(branches[j], teachers[j], students[i].queries[GLOBALS:]) for j in others],
             own_temperature=temperature(epoch, branch.config.teacher_temp_warmup_epochs),
             cross_temperature=temperature(epoch, objective.config.cross_temp_warmup_epochs),
-            cross_student_temperature=branch.config.cross_student_temp,
             center_search=objective.config.center_search,
         )
         result.append(terms)

@@ -1,4 +1,4 @@
-"""All settings of the cross terms together, in runs: on several ranks, and interrupted."""
+"""The settings of the cross terms together, in runs that are interrupted, and beside runs without them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from mokd.runs.exit_codes import EXIT_DONE, EXIT_STOPPED
 from tests.mokd.training.test_resume import STEPS, final_state, run_directory, steps
 from tests.support import RESNET, VIT
 
-# five steps an epoch: both terms are matched at the sixth step
+# five steps an epoch: one term begins at the sixth step, and one branch stops learning from the other at the eleventh
+ENDS = {"start": 2.0, "first": 1.0, "last": 0.0}
 SETTINGS: dict[str, Any] = {
-    "objective__match_prototypes": 16,
     "objective__ramps": {"cross_mlp": {"start": 1.0}, "cross_search": {"length": 1.0}},
-    "objective__cross_gate": {"agreement": True, "gap": 0.0},
-    "branches": [{**RESNET, "cross_student_temp": 0.2}, {**VIT, "cross_target": "ensemble"}],
+    "objective__cross_same_view": True,
+    "objective__center_search": True,
+    "branches": [{**RESNET, "weight_ramp": ENDS}, VIT],
 }
 
 
@@ -28,27 +29,8 @@ def until(path: Path, step: int, ranks: int, *dtype: str) -> None:
     assert supervise(program, ranks) == (EXIT_DONE if step == STEPS else EXIT_STOPPED)
 
 
-def test_ranks_equal_one_process_and_matching_is_done_once_whoever_goes_on(beton: Path, tmp_path: Path) -> None:
-    """In float64; stopped before the matching and after it."""
-    whole, moved = (run_directory(tmp_path / name, beton, **SETTINGS) for name in ("whole", "moved"))
-    until(whole.path, STEPS, 1, "float64")
-    for stop_at, ranks in ((4, 2), (7, 1), (STEPS, 2)):
-        until(moved.path, stop_at, ranks, "float64")
-    expected, found = final_state(whole), final_state(moved)
-    assert expected.keys() == found.keys()
-    assert expected["objective.safetensors/matched"].tolist() == [1, 1]
-    assert expected["objective.safetensors/assigned"].numel() == 0
-    for head in ("mlp", "t_head"):
-        first, second = (expected[f"objective.safetensors/order/{name}/{head}"].tolist() for name in ("resnet", "vit"))
-        assert first == sorted(second)
-        assert first != second
-    assert all(expected[f"objective.safetensors/reliability/{name}"] > 0.0 for name in ("resnet", "vit"))
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
-
-
 def test_interrupted_and_resumed_is_bit_identical(beton: Path, tmp_path: Path) -> None:
-    """On two ranks and in micro-batches; stopped ahead of the step that matches, and after it."""
+    """On two ranks and in micro-batches; stopped ahead of the step at which a term begins, and after it."""
     changes = {**SETTINGS, "optim__accumulate": 2}
     whole, cut = (run_directory(tmp_path / name, beton, **changes) for name in ("whole", "cut"))
     assert train_locally(whole.path, 2) == EXIT_DONE
