@@ -51,7 +51,7 @@ class TermsConfig(StrictModel):
 
 
 class TermRampsConfig(StrictModel):
-    """When each of the four loss terms begins to count; default: at once, as the method has it."""
+    """When each of the four loss terms begins, or ceases, to count; default: always, as the method has it."""
 
     self_mlp: RampConfig | None = None
     self_thead: RampConfig | None = None

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mokd.distributed.process_group import world_size
 from mokd.losses.kernels.targets import at_least_fp32
 from mokd.models import batchnorm_kernels as kernels
 
@@ -41,7 +42,7 @@ class _SumOverRanks(torch.autograd.Function):
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
     """Synchronised BatchNorm of `[B, C, ...]`, with the parameters and buffers of the one it replaces."""
 
-    counts_itself = True
+    counts_itself = True  # its passes; else `CountsBatches` does
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -60,7 +61,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input normalised by the statistics of the global batch (of the running ones in evaluation mode)."""
-        if not (self.training and _over_ranks()):
+        if not (self.training and world_size() > 1):
             return self.act(self.drop(super().forward(input)))
         return self.act(self.drop(self._over_ranks(input)))
 
@@ -83,13 +84,9 @@ class CountsBatches(nn.Module):
 
     def count_batch(self) -> None:
         """At the beginning of a pass."""
-        if self.training and self.counted and _over_ranks():
+        if self.training and self.counted and world_size() > 1:
             counts = [norm.num_batches_tracked for norm in self.counted if norm.training]
             torch._foreach_add_([count for count in counts if count is not None], 1)
-
-
-def _over_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class CpuSyncBatchNorm(_SyncBatchNorm):
@@ -128,7 +125,7 @@ class GpuSyncBatchNorm(_SyncBatchNorm):
     def _over_ranks(self, input: Tensor) -> Tensor:
         as_it_is = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
         x = input if as_it_is else input.contiguous()  # CUDA's kernels take both orders
-        elements, ranks = x.numel() // x.shape[1], dist.get_world_size()
+        elements, ranks = x.numel() // x.shape[1], world_size()
         running: tuple[Tensor | None, Tensor | None] = (None, None)
         momentum = 0.0
         if self.track_running_stats:
@@ -192,8 +189,8 @@ def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
                 setattr(parent, name, kind(child))
     for owner in module.modules():
         if isinstance(owner, CountsBatches):
-            owner.counted = [norm for norm in owner.modules() if isinstance(norm, _SyncBatchNorm)]
-            owner.counted = [norm for norm in owner.counted if norm.track_running_stats]
+            norms = [norm for norm in owner.modules() if isinstance(norm, _SyncBatchNorm)]
+            owner.counted = [norm for norm in norms if norm.track_running_stats]
             for norm in owner.counted:
                 norm.counts_itself = False
     return module
